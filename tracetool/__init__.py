@@ -1,0 +1,1 @@
+"""The command line, the dataset store and the reports."""
