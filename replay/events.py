@@ -1,0 +1,259 @@
+"""Canonical events: the one vocabulary that every recording is translated into (spec I.3).
+
+A kind is declared once, here. Machines see kinds as small integers; names appear in tables and reports only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+__all__ = [
+    "INF",
+    "KINDS",
+    "KIND_ID",
+    "NIL",
+    "NONE",
+    "ROLES",
+    "SCHEMA",
+    "Kind",
+    "events_from_json",
+    "rows",
+]
+
+#: A time that never comes (ns).
+INF: Final = 1 << 62
+#: "Not given" for cpu, dom, vcpu, obj and tgt in the hot path; Arrow tables hold null.
+NONE: Final = -1
+#: "Not given" for val and val2, which may be negative.
+NIL: Final = -(1 << 63)
+
+ROLES: Final = ("stimulus", "outcome", "response", "context", "marker", "predicted")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One word of the vocabulary. `fields` says what the columns mean for it."""
+
+    name: str
+    sys: str  # hpet, callback, vgic, irqflow, evtchn, apic, gic, sched, trace
+    role: str  # the role where an event does not say otherwise
+    fields: str
+
+
+KINDS: Final[tuple[Kind, ...]] = (
+    # -- S1.2 HPET broadcast ---------------------------------------------------------------------------------
+    Kind("idle.enter", "hpet", "stimulus", "cpu, val=absolute deadline in ns (0 none, null unknown)"),
+    Kind("idle.break", "hpet", "stimulus", "cpu, obj=vector that ended the sleep, other than HPET and wake IPI"),
+    Kind("isr.begin", "hpet", "context", "cpu, obj=vector in service at the LAPIC until isr.end"),
+    Kind("isr.end", "hpet", "context", "cpu, obj=vector (its EOI)"),
+    Kind("idle.exit", "hpet", "outcome", "cpu, val=packed pending vectors if known, tgt=wake reason"),
+    Kind("hpet.program", "hpet", "outcome", "obj=channel, cpu, val=armed for (ns), val2=reason"),
+    Kind("hpet.retarget", "hpet", "outcome", "obj=channel, tgt=new dest, val=old dest, flags bit0 refused"),
+    Kind("hpet.fire", "hpet", "outcome", "obj=channel, cpu=where taken"),
+    Kind("hpet.handler.begin", "hpet", "outcome", "obj=channel, cpu"),
+    Kind("hpet.handler.end", "hpet", "outcome", "obj=channel, cpu"),
+    Kind("wake.post", "hpet", "outcome", "cpu=waker, tgt=sleeper, flags 1 store, 2 IPI, 4 softirq only"),
+    Kind("wake.sample", "hpet", "stimulus", "cpu=waker, tgt=sleeper: waker samples the mwait flag"),
+    Kind("wake.store", "hpet", "stimulus", "cpu=waker, tgt=sleeper: waker writes the wake word"),
+    Kind("idle.prep.advertise", "hpet", "outcome", "cpu: mwait flag set"),
+    Kind("idle.prep.arm", "hpet", "outcome", "cpu: MONITOR armed"),
+    Kind("idle.prep.check", "hpet", "outcome", "cpu: re-check before MWAIT"),
+    Kind("idle.prep.sleep", "hpet", "outcome", "cpu: MWAIT"),
+    # -- S2.2 PV-on-HVM callback -----------------------------------------------------------------------------
+    Kind("via.set_param", "callback", "stimulus", "dom, val=type, obj=gsi"),
+    Kind("via.upcall_set", "callback", "stimulus", "dom, vcpu=0 (flag 0 to 1)"),
+    Kind("via.upcall_clear", "callback", "response", "dom, vcpu=executing vcpu"),
+    Kind("via.rte_write", "callback", "stimulus", "dom, obj=gsi, val=RTE"),
+    Kind("via.gsi_assert", "callback", "stimulus", "dom, obj=gsi, tgt=source id (another device)"),
+    Kind("via.gsi_deassert", "callback", "stimulus", "dom, obj=gsi, tgt=source id"),
+    Kind("via.vmentry", "callback", "stimulus", "dom, vcpu"),
+    Kind("via.inject", "callback", "outcome", "dom, vcpu, obj=vector"),
+    Kind("via.eoi", "callback", "response", "dom, vcpu, obj=vector if known"),
+    Kind("via.line", "callback", "outcome", "dom, obj=gsi, val=0/1: the callback's own contribution"),
+    Kind("via.isr_begin", "callback", "response", "dom, vcpu, obj=vector: the guest's handler starts"),
+    Kind("via.isr_end", "callback", "response", "dom, vcpu, obj=vector: the guest's handler returns"),
+    # -- S3.2 vGIC -------------------------------------------------------------------------------------------
+    Kind("vgic.phys_irq", "vgic", "stimulus", "obj=INTID, cpu if known: device edge at the distributor"),
+    Kind("vgic.itargets", "vgic", "stimulus", "vcpu=writer, obj=INTID, tgt=new vcpu"),
+    Kind("vgic.enable", "vgic", "stimulus", "obj=INTID, vcpu"),
+    Kind("vgic.disable", "vgic", "stimulus", "obj=INTID, vcpu"),
+    Kind("vgic.priority", "vgic", "stimulus", "obj=INTID, vcpu, val=priority"),
+    Kind("vgic.hyp_entry", "vgic", "stimulus", "vcpu, val=reason"),
+    Kind("vgic.hyp_exit", "vgic", "outcome", "vcpu"),
+    Kind("vgic.ack", "vgic", "response", "vcpu, obj=INTID"),
+    Kind("vgic.eoi", "vgic", "response", "vcpu, obj=INTID"),
+    Kind("vgic.inject", "vgic", "outcome", "vcpu, obj=INTID"),
+    Kind("vgic.lr_write", "vgic", "outcome", "vcpu, cpu, obj=INTID, tgt=LR index, val=LR word"),
+    Kind("vgic.lr_clear", "vgic", "outcome", "vcpu, cpu, obj=INTID, tgt=LR index"),
+    Kind("vgic.sgi", "vgic", "outcome", "cpu, tgt=target cpu"),
+    Kind("vgic.maint", "vgic", "outcome", "cpu, val=MISR"),
+    Kind("vgic.deactivate", "vgic", "outcome", "cpu, obj=INTID"),
+    Kind("vgic.affinity", "vgic", "outcome", "obj=INTID, tgt=cpu, val=old"),
+    # -- S4.2 irq flow ---------------------------------------------------------------------------------------
+    Kind("flow.raise", "irqflow", "stimulus", "obj=irq or port"),
+    Kind("flow.set_affinity", "irqflow", "stimulus", "obj, tgt=cpu"),
+    Kind("flow.disable", "irqflow", "stimulus", "obj"),
+    Kind("flow.enable", "irqflow", "stimulus", "obj"),
+    Kind("flow.upcall", "irqflow", "outcome", "cpu"),
+    Kind("flow.ack", "irqflow", "outcome", "obj, cpu"),
+    Kind("flow.mask", "irqflow", "outcome", "obj, cpu, val=reason"),
+    Kind("flow.unmask", "irqflow", "outcome", "obj, cpu, val=reason"),
+    Kind("flow.eoi", "irqflow", "outcome", "obj, cpu"),
+    Kind("flow.handler.begin", "irqflow", "outcome", "obj, cpu"),
+    Kind("flow.handler.end", "irqflow", "outcome", "obj, cpu, val=irqreturn"),
+    Kind("flow.consume", "irqflow", "response", "obj, cpu: last look of the handler at its ring"),
+    Kind("flow.lateeoi", "irqflow", "response", "obj, cpu, flags bit0 spurious"),
+    # -- S5.2 event channels ---------------------------------------------------------------------------------
+    Kind("evtchn.bind", "evtchn", "stimulus", "dom, obj=port, tgt=vcpu, val=type, flags bit0 pending set"),
+    Kind("evtchn.send", "evtchn", "stimulus", "dom=receiver, obj=receiver port"),
+    Kind("evtchn.bind_vcpu", "evtchn", "stimulus", "dom, obj, tgt=vcpu: the hypervisor's binding"),
+    Kind("guest.bind_cpu", "evtchn", "stimulus", "dom, obj, tgt=vcpu: the guest's binding"),
+    Kind("evtchn.rebind", "evtchn", "stimulus", "dom, obj, tgt=vcpu: both bindings"),
+    Kind("evtchn.mask", "evtchn", "stimulus", "dom, vcpu=where executed, obj"),
+    Kind("evtchn.unmask", "evtchn", "stimulus", "dom, vcpu=where executed, obj"),
+    Kind("evtchn.upcall_mask", "evtchn", "stimulus", "dom, vcpu"),
+    Kind("evtchn.upcall_unmask", "evtchn", "stimulus", "dom, vcpu"),
+    Kind("evtchn.clear", "evtchn", "response", "dom, vcpu, obj"),
+    Kind("evtchn.close", "evtchn", "stimulus", "dom, obj"),
+    Kind("evtchn.notify", "evtchn", "outcome", "dom, vcpu, obj"),
+    Kind("evtchn.upcall", "evtchn", "outcome", "dom, vcpu"),
+    Kind("evtchn.upcall_end", "evtchn", "outcome", "dom, vcpu"),
+    Kind("evtchn.handled", "evtchn", "outcome", "dom, vcpu, obj"),
+    Kind("evtchn.unmask_hypercall", "evtchn", "outcome", "dom, vcpu, obj"),
+    Kind("evtchn.snapshot", "evtchn", "marker", "dom, vcpu, obj=what word, tgt=index, val=value, val2=index"),
+    Kind("fifo.word", "evtchn", "outcome", "dom, obj=port, val=word"),
+    Kind("fifo.head", "evtchn", "outcome", "dom, vcpu, tgt=queue, val=port"),
+    Kind("fifo.ready", "evtchn", "outcome", "dom, vcpu, val=ready bits"),
+    Kind("fifo.consuming", "evtchn", "context", "dom, vcpu, val=1 inside its loop, 0 out"),
+    Kind("fifo.check", "evtchn", "context", "evaluate the invariants now"),
+    # -- S6 hardware -----------------------------------------------------------------------------------------
+    Kind("lapic.accept", "apic", "stimulus", "cpu or dom+vcpu, obj=vector, flags bit0 level"),
+    Kind("lapic.deliver", "apic", "outcome", "cpu or dom+vcpu, obj=vector"),
+    Kind("lapic.exit", "apic", "outcome", "cpu or dom+vcpu, obj=vector: handler returned"),
+    Kind("lapic.eoi", "apic", "outcome", "cpu or dom+vcpu, obj=vector if known"),
+    Kind("lapic.tpr", "apic", "stimulus", "cpu or dom+vcpu, val=TPR"),
+    Kind("lapic.snapshot", "apic", "marker", "cpu or dom+vcpu, obj=register (0 IRR, 1 ISR), tgt=word, val=bits"),
+    Kind("lapic.intr_window", "apic", "context", "dom+vcpu, obj=vector that waits, val=source"),
+    Kind("ioapic.line", "apic", "stimulus", "obj=pin, val=level"),
+    Kind("ioapic.rte", "apic", "stimulus", "obj=pin, val=new vector"),
+    Kind("ioapic.check", "apic", "context", "evaluate time-outs now"),
+    Kind("ioapic.remote_irr", "apic", "outcome", "obj=pin, val=0/1"),
+    Kind("ioapic.eoi", "apic", "outcome", "obj=vector: EOI broadcast reached the IOAPIC"),
+    Kind("hwhpet.cmp", "apic", "stimulus", "obj=comparator, val=value written, val2=counter read"),
+    Kind("hwhpet.route_data", "apic", "stimulus", "obj=comparator, val=MSI data"),
+    Kind("hwhpet.route_addr", "apic", "stimulus", "obj=comparator, val=MSI address"),
+    Kind("hwhpet.config", "apic", "stimulus", "obj=comparator, val=config, val2=old config"),
+    Kind("hwhpet.fire", "apic", "stimulus", "obj=comparator"),
+    Kind("gic.ack", "gic", "outcome", "cpu, obj=INTID, val=priority; flags bit0 virtual interface"),
+    Kind("gic.eoi", "gic", "outcome", "cpu, obj=INTID; flags bit0 virtual interface"),
+    Kind("gic.dir", "gic", "outcome", "cpu, obj=INTID; flags bit0 virtual interface"),
+    Kind("gic.line", "gic", "stimulus", "obj=INTID, cpu for private ones, val=level"),
+    Kind("gic.dist", "gic", "stimulus", "obj=INTID, cpu, tgt=register, val=value"),
+    Kind("gic.sgi", "gic", "stimulus", "cpu=source, tgt=target cpu, obj=SGI"),
+    Kind("gic.cpu_if", "gic", "stimulus", "cpu, obj=register, val=value"),
+    Kind("irqdesc.entry", "irqflow", "outcome", "cpu, obj=irq"),
+    Kind("irqdesc.exit", "irqflow", "outcome", "cpu, obj=irq, val=irqreturn"),
+    Kind("irqdesc.state", "irqflow", "outcome", "obj=irq, val=state word, val2=depth"),
+    # -- context and markers ---------------------------------------------------------------------------------
+    Kind("sched.run", "sched", "context", "cpu, dom, vcpu"),
+    Kind("sched.stop", "sched", "context", "cpu, dom, vcpu, val=new state"),
+    Kind("trace.lost", "trace", "marker", "cpu (null: all), val=start ns, val2=records lost: blind until t"),
+    Kind("trace.snapshot", "trace", "marker", "state known from here"),
+)
+
+KIND_ID: Final[Mapping[str, int]] = {kind.name: index for index, kind in enumerate(KINDS)}
+
+
+def _dictionary(index: pa.DataType) -> pa.DataType:
+    return pa.dictionary(index, pa.string())
+
+
+#: Arrow schema of canonical events, spec I.3.
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("seq", pa.uint64(), nullable=False),
+        pa.field("t_ns", pa.int64(), nullable=False),
+        pa.field("t_err_ns", pa.uint32(), nullable=False),
+        pa.field("src", _dictionary(pa.int16()), nullable=False),
+        pa.field("src_seq", pa.uint64(), nullable=False),
+        pa.field("sys", _dictionary(pa.int8()), nullable=False),
+        pa.field("kind", _dictionary(pa.int16()), nullable=False),
+        pa.field("role", _dictionary(pa.int8()), nullable=False),
+        pa.field("cpu", pa.int32()),
+        pa.field("dom", pa.uint16()),
+        pa.field("vcpu", pa.uint16()),
+        pa.field("obj", pa.uint32()),
+        pa.field("tgt", pa.int32()),
+        pa.field("val", pa.int64()),
+        pa.field("val2", pa.int64()),
+        pa.field("flags", pa.uint32(), nullable=False),
+        pa.field("conf", pa.uint8(), nullable=False),
+        pa.field("cause_seq", pa.uint64()),
+        pa.field("body_id", pa.uint64()),
+        pa.field(
+            "origin",
+            pa.struct(
+                [
+                    pa.field("file", _dictionary(pa.int16())),
+                    pa.field("offset", pa.uint64()),
+                    pa.field("raw_kind", _dictionary(pa.int32())),
+                ]
+            ),
+        ),
+    ]
+)
+
+_NULL: Final[Mapping[str, int]] = {"val": NIL, "val2": NIL}
+
+
+def rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """Rows of a canonical event table as tuples of plain integers, nulls as NONE/NIL, `kind` as KIND_ID.
+
+    Fed by `zip` over memoryviews, about ten times faster than `to_pylist`.
+    """
+    frame = pl.from_arrow(table.select([c for c in columns]))
+    assert isinstance(frame, pl.DataFrame)
+    views: list[Any] = []
+    for name in columns:
+        series = frame[name]
+        if name == "kind":
+            known = list(KIND_ID)
+            array = (
+                series.cast(pl.String)
+                .replace_strict(known, list(range(len(known))), return_dtype=pl.Int64)
+                .to_numpy()
+            )
+        else:
+            array = series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy()
+        views.append(memoryview(np.ascontiguousarray(array, dtype=np.int64)))
+    return zip(*views, strict=True)
+
+
+def events_from_json(events: Iterable[Mapping[str, Any]], *, src: str = "scenario") -> pa.Table:
+    """Canonical events of a scenario (spec I.6): short name `t` for t_ns, absent keys are null."""
+    columns: dict[str, list[Any]] = {field.name: [] for field in SCHEMA}
+    for index, event in enumerate(events):
+        kind = KINDS[KIND_ID[event["kind"]]]
+        given = {
+            "seq": index,
+            "t_ns": event["t"],
+            "t_err_ns": event.get("t_err", 0),
+            "src": src,
+            "src_seq": event.get("seq", index),
+            "sys": kind.sys,
+            "kind": kind.name,
+            "role": event.get("role", kind.role),
+            "flags": event.get("flags", 0),
+            "conf": event.get("conf", 100),
+        }
+        for name, values in columns.items():
+            values.append(given.get(name, event.get(name)))
+    return pa.table(
+        {field.name: pa.array(columns[field.name], type=field.type) for field in SCHEMA}, schema=SCHEMA
+    )
