@@ -94,7 +94,7 @@ def run_scenario(scenario: Scenario, policy: str, *, overrides: Mapping[str, Any
 
 def _field(finding: Finding, name: str) -> Any:
     value = getattr(finding, name)
-    return None if value in (NONE, NIL) and name != "val" or value == NIL else value
+    return None if value == NIL or (value == NONE and name != "val") else value
 
 
 def mismatches(run: Run, expected: Mapping[str, Any]) -> list[str]:
