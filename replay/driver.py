@@ -40,15 +40,18 @@ def run_machine(
     init: Mapping[str, Any] | None = None,
     t_end: int | None = None,
     policy_class: type[Any] | None = None,
+    from_boot: bool = True,
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
     `closed`: only stimuli are fed and the policy decides; otherwise the recording's outcomes are checked.
-    `t_end` (ns) defaults to the time of the last event.
+    `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
+    scenarios are complete by convention.
     """
     sink = Sink(closed=closed)
     chosen = (policy_class or system.policies[policy])()
     machine = system.make(chosen, config, sink, sub)
+    machine.from_boot = from_boot
     machine.load(init or {})
     last = 0
     for batch in batches:

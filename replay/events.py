@@ -139,6 +139,8 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("lapic.eoi", "apic", "outcome", "cpu or dom+vcpu, obj=vector if known"),
     Kind("lapic.tpr", "apic", "stimulus", "cpu or dom+vcpu, val=TPR"),
     Kind("lapic.snapshot", "apic", "marker", "cpu or dom+vcpu, obj=register (0 IRR, 1 ISR), tgt=word, val=bits"),
+    Kind("lapic.idle", "apic", "context", "cpu or dom+vcpu: halted, so no handler of its own is unfinished"),
+    Kind("lapic.reset", "apic", "marker", "cpu or dom+vcpu: created or reset, all registers empty"),
     Kind("lapic.intr_window", "apic", "context", "dom+vcpu, obj=vector that waits, val=source"),
     Kind("ioapic.line", "apic", "stimulus", "obj=pin, val=level"),
     Kind("ioapic.rte", "apic", "stimulus", "obj=pin, val=new vector"),

@@ -26,6 +26,8 @@ class Machine:
         self.sink = sink
         self.agenda = Agenda()
         self.now = 0  # ns
+        #: Whether the events begin with the system's own beginning. If not, all state starts unknown (U1).
+        self.from_boot = True
 
     def load(self, init: Mapping[str, Any]) -> None:
         """State at the start, from a scenario's `init` or a snapshot. Absent keys keep the default."""

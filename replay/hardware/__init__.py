@@ -1,0 +1,1 @@
+"""Policy-free hardware: one module for each device (spec S6), pure state and transitions."""
