@@ -41,17 +41,19 @@ def run_machine(
     t_end: int | None = None,
     policy_class: type[Any] | None = None,
     from_boot: bool = True,
+    observed: frozenset[str] | None = None,
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
     `closed`: only stimuli are fed and the policy decides; otherwise the recording's outcomes are checked.
     `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
-    scenarios are complete by convention.
+    scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
     """
     sink = Sink(closed=closed)
     chosen = (policy_class or system.policies[policy])()
     machine = system.make(chosen, config, sink, sub)
     machine.from_boot = from_boot
+    machine.observed = observed
     machine.load(init or {})
     last = 0
     for batch in batches:

@@ -28,6 +28,12 @@ class Machine:
         self.now = 0  # ns
         #: Whether the events begin with the system's own beginning. If not, all state starts unknown (U1).
         self.from_boot = True
+        #: Kinds that the recording can show; None means all of them (scenarios). Rules that lack one stay silent.
+        self.observed: frozenset[str] | None = None
+
+    def sees(self, kind: str) -> bool:
+        """Whether the recording would show events of this kind if they happened."""
+        return self.observed is None or kind in self.observed
 
     def load(self, init: Mapping[str, Any]) -> None:
         """State at the start, from a scenario's `init` or a snapshot. Absent keys keep the default."""

@@ -1,0 +1,259 @@
+"""Interrupt hardware of x86 driven by a recording: local APICs, physical and virtual (spec S6.1).
+
+There is no policy here: hardware has one behaviour. The recording names what was requested, delivered and dismissed;
+the machine keeps IRR, ISR and the handler stacks, and the monitor says where that is impossible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+from replay.agenda import SOFTWARE
+from replay.declare import Config
+from replay.events import KIND_ID, NIL, NONE
+from replay.hardware.lapic import VECTORS
+from replay.machine import Machine
+from replay.sink import Sink
+from replay.systems.apic.monitor import LapicMonitor
+from replay.systems.apic.state import Processor
+
+__all__ = ["ApicMachine"]
+
+ACCEPT: Final = KIND_ID["lapic.accept"]
+DELIVER: Final = KIND_ID["lapic.deliver"]
+EXIT: Final = KIND_ID["lapic.exit"]
+EOI: Final = KIND_ID["lapic.eoi"]
+TPR: Final = KIND_ID["lapic.tpr"]
+IDLE: Final = KIND_ID["lapic.idle"]
+RESET: Final = KIND_ID["lapic.reset"]
+SNAPSHOT: Final = KIND_ID["lapic.snapshot"]
+RUN: Final = KIND_ID["sched.run"]
+STOP: Final = KIND_ID["sched.stop"]
+LOST: Final = KIND_ID["trace.lost"]
+
+# Actions of the agenda.
+EOI_LIMIT: Final = 1
+IRR_LIMIT: Final = 2
+
+#: Confidence of "ISR is empty" when that was concluded from the vCPU halting (a handler does not halt).
+CONF_FROM_HALT: Final = 80
+
+
+class ApicMachine(Machine):
+    """All local APICs of a recording; a physical one is keyed by CPU, a virtual one by domain and vCPU."""
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "kind", "seq", "t_ns", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags",
+    )  # fmt: skip
+
+    def __init__(self, config: Config, sink: Sink) -> None:
+        super().__init__(sink)
+        self.spurious_vector = config.integer("spurious_vector")
+        self.eoi_overdue_ns = config.integer("eoi_overdue_ns")
+        self.irr_stuck_ns = config.integer("irr_stuck_ns")
+        self.monitor = LapicMonitor(sink, config.integer("nesting_limit"), config.integer("t_err_ns"))
+        self.processors: dict[int, Processor] = {}
+        self.by_serial: list[Processor] = []
+        self.serials: dict[int, int] = {}
+        self.on_cpu: dict[int, int] = {}  # which vCPU runs on a physical CPU, for taint
+        self.started = False
+        self.blind_from_start = False
+        self.deliveries: dict[int, int] = {}
+        self.eois: dict[int, int] = {}
+        self.irr_coalesced = 0
+        self.exits_traced = True
+
+    # -- event glue --------------------------------------------------------------------------------------------
+
+    def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
+        if not self.started:
+            self.start()
+        heap = self.agenda.heap
+        processors = self.processors
+        for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, _, flags in rows:
+            if heap:
+                self.advance(t)
+            else:
+                self.now = t
+            key = dom << 16 | vcpu if dom >= 0 else -1 - cpu
+            p = processors.get(key)
+            if p is None:
+                p = self.discover(key, cpu, dom, vcpu)
+            if kind == DELIVER:
+                self.deliver(p, key, obj, seq)
+            elif kind == EOI:
+                self.eoi(p, key, obj, seq)
+            elif kind == ACCEPT:
+                self.accept(p, key, obj, bool(flags & 1), seq)
+            elif kind == EXIT:
+                self.exit(p, key, obj, seq)
+            elif kind == RUN:
+                self.run(p, key, cpu)
+            elif kind == STOP:
+                p.running = 0
+                self.on_cpu.pop(cpu, 0)
+            elif kind == IDLE:
+                self.idle(p)
+            elif kind == TPR:
+                p.lapic.tpr = val
+                p.deliverable_since = t
+            elif kind == RESET:
+                self.reset(p)
+            elif kind == SNAPSHOT:
+                self.snapshot(p, obj, tgt, val)
+            elif kind == LOST:
+                self.taint(cpu, val, t)
+
+    def start(self) -> None:
+        """What the recording can show decides which rules may speak."""
+        self.started = True
+        self.monitor.accepts_seen = self.sees("lapic.accept")
+        self.exits_traced = self.sees("lapic.exit")
+        self.monitor.exits_seen = self.exits_traced
+
+    def discover(self, key: int, cpu: int, dom: int, vcpu: int) -> Processor:
+        """First event of a CPU or vCPU."""
+        p = Processor(
+            NONE if dom >= 0 else cpu, dom, vcpu, known=self.from_boot, spurious_vector=self.spurious_vector
+        )
+        self.processors[key] = p
+        self.serials[key] = len(self.by_serial)
+        self.by_serial.append(p)
+        return p
+
+    # -- transitions -------------------------------------------------------------------------------------------
+
+    def accept(self, p: Processor, key: int, vector: int, level: bool, seq: int) -> None:
+        """L1: set IRR; a request that is already there is absorbed."""
+        if self.monitor.illegal(p, vector, self.now, seq):
+            return
+        if p.lapic.accept(vector, level):
+            self.irr_coalesced += 1
+            return
+        p.requested_at[vector] = self.now
+        if self.irr_stuck_ns and p.dom >= 0 and self.monitor.accepts_seen:
+            self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, self.serials[key], vector, p.generation)
+
+    def deliver(self, p: Processor, key: int, vector: int, seq: int) -> None:
+        """L3: IRR to ISR, and a frame on the stack."""
+        t = self.now
+        self.monitor.delivering(p, vector, t, seq)
+        p.lapic.deliver(vector)
+        p.requested_at.pop(vector, 0)
+        p.frames.append((vector, t))
+        p.recent.append((t, seq, vector))
+        counter = (key << 8) | vector
+        self.deliveries[counter] = self.deliveries.get(counter, 0) + 1
+        self.monitor.entered(p, vector, t, seq)
+
+    def eoi(self, p: Processor, key: int, named: int, seq: int) -> int:
+        """L4: dismiss the highest vector in service; returns it (NONE if none is known)."""
+        t = self.now
+        self.monitor.eoi(p, named, t, seq)
+        vector = p.lapic.eoi()
+        p.recent.append((t, seq, -1))
+        p.deliverable_since = t
+        counter = (key << 8) | (vector & 0xFF)
+        self.eois[counter] = self.eois.get(counter, 0) + 1
+        if not self.exits_traced and vector >= 0:
+            # Without exit records the EOI is the only sign that a handler ends.
+            p.frames = [frame for frame in p.frames if frame[0] != vector]
+        return vector
+
+    def exit(self, p: Processor, key: int, vector: int, seq: int) -> None:
+        """L5: the handler returned; its ISR bit may outlive it (L6)."""
+        self.monitor.exiting(p, vector, self.now, seq)
+        for index in range(len(p.frames) - 1, -1, -1):
+            if p.frames[index][0] == vector:
+                del p.frames[index]
+                break
+        if vector in p.lapic.isr:
+            self.agenda.at(self.now + self.eoi_overdue_ns, SOFTWARE, EOI_LIMIT, self.serials[key], vector, p.generation)
+
+    def run(self, p: Processor, key: int, cpu: int) -> None:
+        """A vCPU starts to run on a CPU."""
+        if p.running != 1:
+            p.deliverable_since = self.now
+        p.running = 1
+        self.on_cpu[cpu] = key
+
+    def idle(self, p: Processor) -> None:
+        """U4: a halted vCPU is in no handler, so nothing unseen is in service."""
+        if not p.lapic.isr_is_known():
+            p.lapic.settle()
+            p.conf = CONF_FROM_HALT
+        p.frames_known = True
+
+    def reset(self, p: Processor) -> None:
+        """A new vCPU, INIT or power-up."""
+        p.lapic.reset()
+        p.frames.clear()
+        p.frames_known = True
+        p.requested_at.clear()
+        p.generation += 1
+        p.conf = 100
+
+    def snapshot(self, p: Processor, register: int, word: int, bits: int) -> None:
+        """Register words from a dump: 64 vectors each, register 0 IRR, 1 ISR."""
+        value = bits & (1 << 64) - 1
+        if register == 0:
+            p.lapic.irr = p.lapic.irr & ~(((1 << 64) - 1) << 64 * word) | value << 64 * word
+            p.lapic.irr_known |= ((1 << 64) - 1) << 64 * word
+        elif register == 1:
+            kept = [v for v in p.lapic.isr if v >> 6 != word]
+            p.lapic.isr = sorted(kept + [64 * word + b for b in range(64) if value >> b & 1])
+            if word == VECTORS // 64 - 1:
+                p.lapic.isr_unknown_below = 0
+
+    # -- time-outs ---------------------------------------------------------------------------------------------
+
+    def fire(self, action: int, a: int, b: int, c: int) -> None:
+        p = self.by_serial[a]
+        if c != p.generation:
+            return
+        if action == EOI_LIMIT:
+            if b in p.lapic.isr and not any(v == b for v, _ in p.frames):
+                self.monitor.overdue(p, b, self.now, self.now - self.eoi_overdue_ns)
+        elif action == IRR_LIMIT:
+            self.irr_limit(p, a, b)
+
+    def irr_limit(self, p: Processor, serial: int, vector: int) -> None:
+        """Still requested: count only the time in which it could have been delivered."""
+        if not p.lapic.irr >> vector & 1 or vector not in p.requested_at:
+            return
+        since = max(p.requested_at[vector], p.deliverable_since)
+        if p.running == 1 and not p.blocked(vector) and p.lapic.tpr >= 0:
+            if self.now - since >= self.irr_stuck_ns:
+                self.monitor.stuck(p, vector, self.now, since)
+                return
+            self.agenda.at(since + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, serial, vector, p.generation)
+            return
+        self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, serial, vector, p.generation)
+
+    # -- ignorance ---------------------------------------------------------------------------------------------
+
+    def taint(self, cpu: int, t0: int, t1: int) -> None:
+        """U2: the LAPIC of `cpu` is unknown, and so is every vCPU, for it may have run there."""
+        for key, p in self.processors.items():
+            if p.dom >= 0 or cpu in (NONE, NIL) or key == -1 - cpu:
+                p.forget()
+        self.on_cpu.clear()
+
+    # -- numbers -----------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, int]:
+        result = {
+            "deliveries": sum(self.deliveries.values()),
+            "eois": sum(self.eois.values()),
+            "eois_unmatched": self.monitor.unmatched,
+            "irr_coalesced": self.irr_coalesced,
+            "in_service_at_end": sum(len(p.lapic.isr) for p in self.processors.values()),
+            "max_nesting": self.monitor.max_nesting,
+        }
+        for name, counters in (("deliveries", self.deliveries), ("eois", self.eois)):
+            for counter, count in sorted(counters.items()):
+                p = self.processors[counter >> 8]
+                owner = f"d{p.dom}v{p.vcpu}" if p.dom >= 0 else f"cpu{p.cpu}"
+                result[f"{name}.{owner}.{counter & 0xFF:#04x}"] = count
+        return result

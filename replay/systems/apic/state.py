@@ -1,0 +1,60 @@
+"""State of one processor as the APIC rules see it: its LAPIC and the handlers that run on it."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from replay.events import NONE
+from replay.hardware.lapic import LocalApic, vector_class
+from replay.knowledge import UNKNOWN
+from replay.sink import Evidence
+
+__all__ = ["Processor"]
+
+
+class Processor:
+    """A physical CPU (`cpu`) or a vCPU (`dom`, `vcpu`).
+
+    `frames` are the handlers running, outermost first, as (vector, entry time in ns). `running` is 0, 1 or UNKNOWN.
+    `conf` is the confidence of a statement about an empty ISR: lower once it was concluded from a halt.
+    """
+
+    __slots__ = (
+        "conf", "cpu", "deliverable_since", "dom", "frames", "frames_known", "generation", "lapic", "recent",
+        "requested_at", "running", "vcpu",
+    )  # fmt: skip
+
+    def __init__(self, cpu: int, dom: int, vcpu: int, *, known: bool, spurious_vector: int) -> None:
+        self.cpu = cpu
+        self.dom = dom
+        self.vcpu = vcpu
+        self.lapic = LocalApic(known=known, spurious_vector=spurious_vector)
+        self.frames: list[tuple[int, int]] = []
+        self.frames_known = known
+        self.running = 1 if dom == NONE else UNKNOWN
+        self.conf = 100
+        self.deliverable_since = 0
+        self.requested_at: dict[int, int] = {}
+        self.generation = 0
+        self.recent: deque[tuple[int, int, int]] = deque(maxlen=6)  # (t, seq, vector or -1 for EOI)
+
+    def forget(self) -> None:
+        """Records were lost: registers, stack and run state are unknown."""
+        self.lapic.forget()
+        self.frames.clear()
+        self.frames_known = False
+        self.requested_at.clear()
+        self.recent.clear()
+        self.generation += 1
+        if self.dom != NONE:
+            self.running = UNKNOWN
+
+    def blocked(self, vector: int) -> bool:
+        """Whether TPR or a vector in service holds `vector` back (L2)."""
+        return vector_class(vector) <= self.lapic.ppr_class()
+
+    def story(self) -> tuple[Evidence, ...]:
+        """The last deliveries and EOIs, oldest first."""
+        return tuple(
+            Evidence(t, seq, "EOI" if vector < 0 else f"deliver {vector:#x}") for t, seq, vector in self.recent
+        )
