@@ -14,6 +14,7 @@ __all__ = ["FORMATS", "reader_class", "sniff"]
 #: (name of the format, module, class); the first class whose `sniff` accepts the head of the file wins.
 FORMATS: tuple[tuple[str, str, str], ...] = (
     ("xentrace", "parsers.xentrace.reader", "XentraceReader"),
+    ("qemu", "parsers.qemu.reader", "QemuReader"),
 )  # fmt: skip
 
 
