@@ -1,0 +1,60 @@
+"""Channels and CPUs of the HPET broadcast (spec S1.1)."""
+
+from __future__ import annotations
+
+from replay.events import INF, NONE
+
+__all__ = ["Channel", "Cpu", "Frame"]
+
+
+class Channel:
+    """One HPET comparator that can send a message.
+
+    `members` are the CPUs that rely on it as a bit mask; under the proposed policies without the owner, for there it
+    is the wake list. `armed_at` is when the comparator will match (INF: not armed), `gen` invalidates older matches.
+    `vector_cpu` is where the interrupt's vector is valid; it lags behind `dest` while a move is in progress.
+    """
+
+    __slots__ = (
+        "armed_at", "dest", "gen", "handler_cpu", "index", "members", "move_in_progress", "next_event", "owner",
+        "rerun", "used",
+    )  # fmt: skip
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.owner = NONE
+        self.used = False
+        self.members = 0
+        self.next_event = INF
+        self.armed_at = INF
+        self.gen = 0
+        self.dest = NONE
+        self.move_in_progress = False
+        self.handler_cpu = NONE
+        self.rerun = False
+
+
+class Frame:
+    """A broadcast handler that runs on a CPU until `end` (ns)."""
+
+    __slots__ = ("channel", "end", "serial")
+
+    def __init__(self, channel: int, end: int, serial: int) -> None:
+        self.channel = channel
+        self.end = end
+        self.serial = serial
+
+
+class Cpu:
+    """One CPU: asleep or busy, its deadline, the vectors in service at its LAPIC, the handlers on its stack."""
+
+    __slots__ = ("asleep", "channel", "deadline", "in_service", "index", "pending", "stack")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.asleep = False
+        self.deadline = INF
+        self.channel = NONE
+        self.in_service: list[int] = []  # vectors of other interrupts, not yet EOIed
+        self.pending: list[int] = []  # channels whose message waits in IRR
+        self.stack: list[Frame] = []
