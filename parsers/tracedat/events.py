@@ -1,0 +1,152 @@
+"""Which event a record is, and its table: declared event formats in, Arrow tables out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from parsers.ftrace.arrays import Array, binary, dictionary, nulls, plain
+from parsers.ftrace.columns import FTRACE_COMMON, escape
+from parsers.recording import Note, ReadOptions
+from parsers.tables import Column, Table
+from parsers.tracedat.decode import Batch, column, numbers
+from parsers.tracedat.formats import EventFormat
+from parsers.tracedat.header import Head, note
+from parsers.tracedat.symbols import Symbols
+
+__all__ = ["RAW", "Events"]
+
+#: Records that no declared event explains.
+RAW = Table(
+    "ftrace_raw",
+    "records whose event is not declared in the file, or that are shorter than it says",
+    (*FTRACE_COMMON, Column("event_id", pa.uint16(), "common_type"), Column("payload", pa.binary(), "the record")),
+)
+
+COMM = pa.dictionary(pa.int32(), pa.string())
+FLAG_FIELDS = (("flags", pa.uint8()), ("preempt", pa.uint8()))
+
+
+class Events:
+    """The file's events by index; index 0 stands for records that none of them explains."""
+
+    def __init__(self, head: Head, options: ReadOptions) -> None:
+        del options
+        self.tables: dict[str, Table] = {RAW.name: RAW}
+        self.counts: dict[str, int] = {}
+        self._symbols = Symbols(head.symbols, head.word)
+        self._unknown: Counter[int] = Counter()
+        self._short: Counter[str] = Counter()
+        unique = {event.ident: event for event in reversed(head.formats)}
+        self._formats = [event for event in head.formats if unique[event.ident] is event]
+        homonyms = Counter(event.name for event in self._formats)
+        homonyms[RAW.name] += 1
+        self._names = [
+            event.name if homonyms[event.name] == 1 else f"{event.system}:{event.name}" for event in self._formats
+        ]
+        self._index = np.zeros(1 << 16, dtype=np.uint16)
+        self._least = np.zeros(len(self._formats) + 1, dtype=np.int64)
+        for number, event in enumerate(self._formats[: (1 << 16) - 1], start=1):
+            self._index[event.ident] = number
+            self._least[number] = event.least
+        typed = [event.common["type"] for event in self._formats if "type" in event.common]
+        self._type_at = typed[0].offset if typed and typed[0].size == 2 else 0
+        self._pids = np.array(sorted({0, *head.comms}), dtype=np.int64)
+        idle = {0: b"<idle>"}
+        self._comms = [escape({**head.comms, **idle}[pid]) for pid in self._pids.tolist()] + ["<...>"]
+        self._tgids = head.tgids
+        self._tgid_keys = np.array(sorted(head.tgids), dtype=np.int64)
+        self._tgid_values = np.array([head.tgids[pid] for pid in self._tgid_keys.tolist()], dtype=np.int32)
+
+    def identify(self, batch: Batch, start: Array, size: Array) -> Array:
+        """Event index of each record; 0 for unknown ids and for records too short for their event."""
+        long_enough = size >= self._type_at + 2
+        ident = numbers(batch, np.where(long_enough, start, start[0]) + self._type_at, 2)
+        index = np.where(long_enough, self._index[ident], 0)
+        short = np.flatnonzero(size < self._least[index])
+        if short.size:
+            for number, count in zip(*np.unique(index[short], return_counts=True), strict=True):
+                self._short[self._names[int(number) - 1]] += int(count)
+            index[short] = 0
+        return index.astype(np.uint16)
+
+    def tables_of(
+        self, batch: Batch, event: Array, start: Array, size: Array, common: list[pa.Array], buffer: pa.Array
+    ) -> dict[str, pa.Table]:
+        """Tables of records that are sorted by `event`; `common` are the columns of COMMON for all of them."""
+        tables: dict[str, pa.Table] = {}
+        edges = np.flatnonzero(np.diff(event.astype(np.int64), prepend=-1, append=-1)).tolist()
+        for begin, end in pairwise(edges):
+            number = int(event[begin])
+            rows = slice(begin, end)
+            shared = [values.slice(begin, end - begin) for values in (*common, buffer)]
+            if number == 0:
+                name, own = RAW.name, self._raw(batch, start[rows], size[rows])
+            else:
+                layout, name = self._formats[number - 1], self._names[number - 1]
+                if name not in self.tables:
+                    self.tables[name] = layout.table(name)
+                own = self._task(batch, layout, start[rows])
+                own += [column(batch, field, start[rows], size[rows]) for field in layout.fields]
+                for field in layout.symbolic:
+                    own.append(self._symbols.column(numbers(batch, start[rows] + field.offset, field.size)))
+                self.counts[name] = self.counts.get(name, 0) + end - begin
+            columns = shared[:-1] + own[: len(FTRACE_COMMON) - 1] + shared[-1:] + own[len(FTRACE_COMMON) - 1 :]
+            tables[name] = pa.Table.from_arrays(columns, schema=self.tables[name].schema())
+        return tables
+
+    def _raw(self, batch: Batch, start: Array, size: Array) -> list[pa.Array]:
+        long_enough = size >= self._type_at + 2
+        at = np.where(long_enough, start, 0) + self._type_at
+        ident = numbers(batch, at, 2)
+        for value, count in zip(*np.unique(ident[long_enough], return_counts=True), strict=True):
+            known = self._index[value]
+            if not known:
+                self._unknown[int(value)] += int(count)
+            name = self._names[known - 1] if known else f"event_{value}"
+            self.counts[name] = self.counts.get(name, 0) + int(count)
+        if not long_enough.all():
+            missing = int((~long_enough).sum())
+            self._short["(no event id)"] += missing
+            self.counts["event_none"] = self.counts.get("event_none", 0) + missing
+        empty = [nulls(field.type, start.size) for field in FTRACE_COMMON[:-1]]
+        payload = binary(batch.data, start, size).cast(pa.binary())
+        return [*empty, plain(pa.uint16(), ident, long_enough), payload]
+
+    def _task(self, batch: Batch, layout: EventFormat, start: Array) -> list[pa.Array]:
+        """pid, comm, flags, preempt, tgid."""
+        rows = start.size
+        columns = []
+        field = layout.common.get("pid")
+        pid = None
+        if field is not None and field.size == 4:
+            pid = numbers(batch, start + field.offset, 4).view(np.int32)
+            slot = np.minimum(np.searchsorted(self._pids, pid), len(self._pids) - 1)
+            slot = np.where(self._pids[slot] == pid, slot, len(self._pids))
+            columns += [plain(pa.int32(), pid), dictionary(COMM, slot, self._comms)]
+        else:
+            columns += [nulls(pa.int32(), rows), nulls(COMM, rows)]
+        for key, kind in FLAG_FIELDS:
+            field = layout.common.get(key)
+            if field is not None and field.size == 1:
+                columns.append(plain(kind, numbers(batch, start + field.offset, 1)))
+            else:
+                columns.append(nulls(kind, rows))
+        field = layout.common.get("tgid")
+        if field is not None and field.size == 4:
+            columns.append(plain(pa.int32(), numbers(batch, start + field.offset, 4).view(np.int32)))
+        elif pid is not None and self._tgid_keys.size:
+            slot = np.minimum(np.searchsorted(self._tgid_keys, pid), self._tgid_keys.size - 1)
+            columns.append(plain(pa.int32(), self._tgid_values[slot], self._tgid_keys[slot] == pid))
+        else:
+            columns.append(nulls(pa.int32(), rows))
+        return columns
+
+    def notes(self) -> list[Note]:
+        """What `ftrace_raw` holds, in total."""
+        unknown, short = self._unknown.most_common(20), self._short.most_common(20)
+        found = [note("tracedat-unknown-event", f"event id {i}", count=count) for i, count in unknown]
+        return found + [note("tracedat-short-record", name, count=count) for name, count in short]

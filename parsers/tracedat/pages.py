@@ -1,0 +1,140 @@
+"""Ring-buffer pages of one CPU, read on demand from the file or from its compressed chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from parsers.recording import Gap, Note
+from parsers.tracedat.header import Area, Buffer, note
+from parsers.tracedat.layout import Limit
+
+__all__ = ["PageStream", "Problems"]
+
+#: Bytes read at once for one CPU of an uncompressed file.
+BLOCK = 256 << 10
+
+
+@dataclass(slots=True)
+class Problems:
+    """Gaps and notes that wait for the next chunk, and the bytes of the file that could not be used."""
+
+    gaps: list[Gap] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    skipped: int = 0
+
+    def damaged(self, code: str, text: str, *, cpu: int, offset: int, length: int, t0: int | None = None) -> None:
+        """Bytes that are given up: one gap, one note, and their place in the account."""
+        reason = "truncated" if code == "tracedat-truncated" else "damaged"
+        self.skipped += length
+        if len(self.gaps) < 10 * Limit.NOTES:
+            self.gaps.append(Gap(reason, cpu, t0, None, offset, length, None, text))
+        if len(self.notes) < Limit.NOTES:
+            self.notes.append(note(code, text, offset, cpu))
+
+
+class PageStream:
+    """The pages of one CPU of one buffer, oldest first.
+
+    `next_time` is the stamp of the page that `take` gives next (never smaller than an earlier page's, so that a
+    damaged stamp cannot reorder a CPU's records), None after the last one.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        buffer: Buffer,
+        area: Area,
+        *,
+        order: str,
+        inflate: Callable[[bytes, int], bytes],
+        problems: Problems,
+        share: int,
+    ) -> None:
+        self.buffer, self.area, self.cpu = buffer, area, area.cpu
+        self.problems, self.share = problems, share
+        self.last_time: int | None = None  # raw stamp of the last record seen, for gaps
+        self.next_time: int | None = None
+        self._stream, self._order, self._inflate = stream, order, inflate
+        self._file = area.offset  # file offset of what is to be read next
+        self._end = area.offset + area.size
+        self._block, self._block_at, self._used = b"", 0, 0
+        self._chunks = self._chunk_count() if buffer.compressed and area.size else 0
+        self._advance()
+
+    @property
+    def position(self) -> int:
+        """Bytes of this CPU's area that have been read."""
+        return self._file - self.area.offset
+
+    def take(self) -> tuple[bytes, int]:
+        """The next page and its file offset (of its chunk, when compressed)."""
+        size = self.buffer.page_size
+        page = self._block[self._used : self._used + size]
+        at = self._block_at if self.buffer.compressed else self._block_at + self._used
+        self._used += size
+        self._advance()
+        return page, at
+
+    def _advance(self) -> None:
+        while self._used + 16 > len(self._block):
+            if not (self._next_chunk() if self.buffer.compressed else self._next_block()):
+                self.next_time = None
+                return
+        order = "little" if self._order == "<" else "big"
+        stamp = int.from_bytes(self._block[self._used : self._used + 8], order)  # type: ignore[arg-type]
+        self.next_time = stamp if self.next_time is None else max(stamp, self.next_time)
+
+    def _next_block(self) -> bool:
+        size = self.buffer.page_size
+        want = min(max(size, min(BLOCK, self.share) // size * size), self._end - self._file)
+        if want <= 0:
+            return False
+        self._stream.seek(self._file)
+        self._block, self._block_at, self._used = self._stream.read(want), self._file, 0
+        self._file += want
+        if want % size:
+            # the area ends inside a page: its records up to there are still good
+            self._block = self._block + bytes(size - want % size)
+        return len(self._block) >= 16
+
+    def _chunk_count(self) -> int:
+        data = self._read(4)
+        return int.from_bytes(data, "little" if self._order == "<" else "big") if len(data) == 4 else 0
+
+    def _read(self, size: int) -> bytes:
+        self._stream.seek(self._file)
+        data = self._stream.read(max(0, min(size, self._end - self._file)))
+        self._file += len(data)
+        return data
+
+    def _next_chunk(self) -> bool:
+        """Decompress the next chunk; a damaged one ends this CPU's data, as the next one's place is then unknown."""
+        if not self._chunks:
+            return False
+        self._chunks -= 1
+        at = self._file
+        order = "little" if self._order == "<" else "big"
+        head = self._read(8)
+        compressed, plain = (int.from_bytes(head[i : i + 4], order) for i in (0, 4))  # type: ignore[arg-type]
+        page, message = self.buffer.page_size, ""
+        self._block, self._block_at, self._used = b"", at, 0
+        if len(head) < 8 or compressed > self._end - self._file:
+            message = "the file or the CPU's area ends inside a compressed chunk"
+        elif not 0 < plain <= max(page, min(Limit.CHUNK, self.share)) or plain > 40000 * compressed + page:
+            message = f"a chunk of {compressed} bytes claims to hold {plain}"
+        elif plain % page:
+            message = f"a chunk of {plain} bytes does not hold whole pages of {page}"
+        else:
+            try:
+                self._block = self._inflate(self._read(compressed), plain)
+            except ValueError as error:
+                message = f"chunk cannot be decompressed: {error}"
+        if message:
+            code = "tracedat-truncated" if "ends inside" in message else "tracedat-chunk"
+            self.problems.damaged(
+                code, message, cpu=self.cpu, offset=at, length=self._end - at, t0=self.last_time
+            )
+            self._file, self._chunks = self._end, 0
+        return not message
