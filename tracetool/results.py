@@ -1,0 +1,167 @@
+"""One record for each run: what JSON, text, Markdown and HTML are all made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from replay.coverage import Coverage
+from replay.declare import Config, System
+from replay.driver import Run
+from replay.events import NIL, NONE
+from replay.sink import Evidence, Finding
+
+__all__ = ["EPISODE_GAP_NS", "SEVERITIES", "contract", "fold", "run_record", "verdict", "worst"]
+
+#: Severities, worst first.
+SEVERITIES: Final = ("error", "warn", "info")
+#: Equal findings closer together than this are one episode (ns).
+EPISODE_GAP_NS: Final = 1_000_000_000
+
+#: Keys of a finding in `replay --json`, in this order.
+CONTRACT: Final = (
+    "code", "severity", "t_ns", "cpu", "dom", "vcpu", "obj", "tgt", "val", "expected", "observed", "confidence",
+    "offset", "episode",
+)  # fmt: skip
+
+
+def _null(value: int) -> int | None:
+    return None if value in (NONE, NIL) else value
+
+
+def _value(value: int) -> int | None:
+    return None if value == NIL else value
+
+
+def run_record(
+    run: Run,
+    system: System,
+    config: Config,
+    rules: Sequence[Coverage],
+    *,
+    locate: Callable[[Iterable[int]], Mapping[int, tuple[str, int]]] | None = None,
+    blind_share: float = 0.0,
+) -> dict[str, Any]:
+    """The whole record of a run as plain JSON values.
+
+    `locate` maps canonical `seq` numbers to (source, offset in the recording); `blind_share` is the share of the
+    recorded time that is covered by gaps.
+    """
+    seqs = {f.seq for f in run.findings if f.seq != NONE}
+    seqs |= {e.seq for f in run.findings for e in f.evidence if e.seq is not None and e.seq != NONE}
+    where = locate(seqs) if locate and seqs else {}
+    findings = [_finding(f, where) for f in sorted(run.findings, key=lambda f: f.t)]
+    _episodes(findings)
+    return {
+        "system": system.name,
+        "section": system.section,
+        "title": system.title,
+        "policy": run.policy,
+        "mode": run.mode,
+        "verdict": verdict(findings, rules, blind_share),
+        "horizon_ns": run.horizon_ns,
+        "calibration": run.extra.get("calibration"),
+        "extra": {k: v for k, v in run.extra.items() if k != "calibration"},
+        "findings": findings,
+        "suppressed": run.suppressed,
+        "metrics": run.metrics,
+        "coverage": [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in rules],
+        "config": {
+            p.name: {"value": config[p.name], "default": p.default, "unit": p.unit, "doc": p.doc}
+            for p in system.parameters
+        },
+    }
+
+
+def _finding(f: Finding, where: Mapping[int, tuple[str, int]]) -> dict[str, Any]:
+    source, offset = where.get(f.seq, (None, None))
+    return {
+        "code": f.code.name,
+        "severity": f.severity,
+        "t_ns": f.t,
+        "t_first_ns": _value(f.t_first),
+        "cpu": _null(f.cpu),
+        "dom": _null(f.dom),
+        "vcpu": _null(f.vcpu),
+        "obj": _null(f.obj),
+        "tgt": _null(f.tgt),
+        "val": _value(f.val),
+        "expected": f.expected,
+        "observed": f.observed,
+        "confidence": f.conf,
+        "source": source,
+        "offset": offset,
+        "episode": 0,
+        "rule": f.code.rule,
+        "caused_by": f.cause or None,
+        "tags": list(f.tags),
+        "evidence": [_evidence(e, where) for e in f.evidence],
+    }
+
+
+def _evidence(e: Evidence, where: Mapping[int, tuple[str, int]]) -> dict[str, Any]:
+    source, offset = where.get(e.seq, (None, None)) if e.seq is not None else (None, None)
+    return {"t_ns": e.t, "seq": e.seq, "label": e.label, "source": source, "offset": offset}
+
+
+def _episodes(findings: list[dict[str, Any]]) -> None:
+    """Number the episodes: equal code and object, no pause longer than EPISODE_GAP_NS."""
+    last: dict[tuple[Any, ...], tuple[int, int]] = {}
+    count = 0
+    for finding in findings:
+        key = (finding["code"], finding["severity"], finding["cpu"], finding["dom"], finding["vcpu"], finding["obj"])
+        episode, t = last.get(key, (0, 0))
+        if not episode or finding["t_ns"] - t > EPISODE_GAP_NS:
+            count += 1
+            episode = count
+        finding["episode"] = episode
+        last[key] = (episode, finding["t_ns"])
+
+
+def verdict(findings: Iterable[Mapping[str, Any]], rules: Sequence[Coverage], blind_share: float) -> str:
+    """`findings` for any warn or error; `inconclusive` when nothing could be checked or gaps cover most; else `clean`."""
+    if any(f["severity"] in ("error", "warn") for f in findings):
+        return "findings"
+    if rules and not any(c.state != "blind" for c in rules):
+        return "inconclusive"
+    return "inconclusive" if blind_share > 0.5 else "clean"
+
+
+def worst(runs: Iterable[Mapping[str, Any]]) -> str | None:
+    """The worst severity of all findings, or None."""
+    found = {f["severity"] for run in runs for f in run["findings"]}
+    return next((s for s in SEVERITIES if s in found), None)
+
+
+def fold(findings: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Findings grouped into episodes, worst severity first, then by time; for human eyes."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for finding in findings:
+        groups.setdefault(finding["episode"], []).append(finding)
+    return sorted(groups.values(), key=lambda g: (SEVERITIES.index(g[0]["severity"]), g[0]["t_ns"]))
+
+
+def contract(runs: Sequence[Mapping[str, Any]]) -> str:
+    """`replay --json`: the documented object, one line."""
+    rules: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for rule in run["coverage"]:
+            rules.setdefault(rule["rule"], rule)
+    document = {
+        "schema": 1,
+        "runs": [
+            {
+                "system": run["system"],
+                "policy": run["policy"],
+                "mode": run["mode"],
+                "verdict": run["verdict"],
+                "horizon_ns": run["horizon_ns"],
+                "findings": [{key: finding[key] for key in CONTRACT} for finding in run["findings"]],
+                "metrics": run["metrics"],
+            }
+            for run in runs
+        ],
+        "coverage": list(rules.values()),
+    }
+    return json.dumps(document)

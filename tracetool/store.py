@@ -1,0 +1,318 @@
+"""A dataset on disk: one folder, written beside its place and renamed when it is whole.
+
+    manifest.json            what was read, from what, with which clock; bindings and coverage facts
+    records/<table>.parquet  one file for each record table (COMMON columns first)
+    events.parquet           canonical events (`replay.events.SCHEMA`)
+    gaps.parquet             where records are missing
+    notes.parquet            oddities
+    runs/<id>.json           results of replays
+
+Column prose and units are in the schema metadata of each file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+from zlib import crc32
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from parsers.recording import Gap, Note
+
+__all__ = ["GAPS_SCHEMA", "MANIFEST", "NOTES_SCHEMA", "Dataset", "DatasetWriter", "StoreError", "is_dataset"]
+
+MANIFEST: Final = "manifest.json"
+FORMAT_VERSION: Final = 1
+
+#: Rows of one table that are collected before a row group is written.
+ROW_GROUP: Final = 512 << 10
+#: Bytes of all tables together that may wait for a row group.
+PENDING_BYTES: Final = 48 << 20
+#: Columns that grow steadily: deltas compress them to almost nothing.
+DELTA_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq"})
+
+GAPS_SCHEMA: Final = pa.schema(
+    [
+        pa.field("source", pa.string(), metadata={"doc": "recording"}),
+        pa.field("reason", pa.string(), metadata={"doc": "lost-records, truncated, damaged, overrun, …"}),
+        pa.field("cpu", pa.int32(), metadata={"doc": "null: every CPU"}),
+        pa.field("t0_ns", pa.int64(), metadata={"doc": "start, null when unknown", "unit": "ns"}),
+        pa.field("t1_ns", pa.int64(), metadata={"doc": "end, null when open", "unit": "ns"}),
+        pa.field("offset", pa.uint64(), metadata={"doc": "where in the recording", "unit": "bytes"}),
+        pa.field("length", pa.uint64(), metadata={"doc": "skipped", "unit": "bytes"}),
+        pa.field("lost", pa.uint64(), metadata={"doc": "records lost, null when nobody counted"}),
+        pa.field("text", pa.string(), metadata={"doc": "in words"}),
+    ]
+)
+NOTES_SCHEMA: Final = pa.schema(
+    [
+        pa.field("source", pa.string(), metadata={"doc": "recording"}),
+        pa.field("code", pa.string(), metadata={"doc": "declared code of the reader"}),
+        pa.field("severity", pa.string(), metadata={"doc": "info, warn or error"}),
+        pa.field("text", pa.string(), metadata={"doc": "in words"}),
+        pa.field("offset", pa.uint64(), metadata={"doc": "where in the recording", "unit": "bytes or lines"}),
+        pa.field("cpu", pa.int32(), metadata={"doc": "null: none in particular"}),
+        pa.field("count", pa.uint64(), metadata={"doc": "how often"}),
+    ]
+)
+
+
+class StoreError(Exception):
+    """The dataset cannot be written or read; `str()` is one line that says what to do."""
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a folder is a finished dataset."""
+    return (path / MANIFEST).is_file()
+
+
+def file_name(table: str) -> str:
+    """A table's name as a file name: recorders choose names, so nothing of them may leave the folder."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", table)[:120].lstrip(".") or "_"
+    return safe if safe == table else f"{safe}-{crc32(table.encode("utf-8", "surrogatepass")):08x}"
+
+
+class _TableWriter:
+    """One Parquet file, written a row group at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        delta = {f.name: "DELTA_BINARY_PACKED" for f in schema if f.name in DELTA_COLUMNS}
+        strings = [f.name for f in schema if pa.types.is_dictionary(f.type) or pa.types.is_string(f.type)]
+        self.rows = 0
+        self.pending: list[pa.Table] = []
+        self.pending_rows = 0
+        self.schema = schema
+        self.writer = pq.ParquetWriter(
+            path, schema, compression="zstd", compression_level=1, use_dictionary=strings, column_encoding=delta
+        )  # fmt: skip
+
+    def append(self, table: pa.Table) -> int:
+        """Keep rows for the next row group; returns their size in bytes."""
+        self.pending.append(table)
+        self.pending_rows += table.num_rows
+        return int(table.nbytes)
+
+    def flush(self) -> None:
+        """Write what waits as one row group."""
+        if self.pending_rows:
+            self.writer.write_table(pa.concat_tables(self.pending).unify_dictionaries(), row_group_size=ROW_GROUP)
+            self.rows += self.pending_rows
+        self.pending, self.pending_rows = [], 0
+
+    def close(self) -> None:
+        self.flush()
+        self.writer.close()
+
+
+class DatasetWriter:
+    """Writes a dataset beside its place; `finish` moves it there. Use as a context manager: failure leaves nothing."""
+
+    def __init__(self, target: Path, *, force: bool = False) -> None:
+        self.target = target
+        if target.exists() and not (is_dataset(target) and force) and (not target.is_dir() or any(target.iterdir())):
+            hint = "give --force to replace it" if is_dataset(target) else "it is not a dataset; choose another place"
+            raise StoreError(f"{target} exists already: {hint}")
+        self.staging = target.parent / f".{target.name}.partial-{os.getpid()}"
+        self.writers: dict[str, _TableWriter] = {}
+        self.pending_bytes = 0
+        self.gaps: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+
+    def __enter__(self) -> DatasetWriter:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(self.target)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            (self.staging / "records").mkdir(parents=True)
+        except OSError as error:
+            raise StoreError(f"{self.target}: cannot write there: {error.strerror or error}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self.writers.values():
+            with suppress(Exception):
+                writer.writer.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def append(self, name: str, table: pa.Table) -> None:
+        """Rows of a record table. Written in row groups; memory is bounded over all tables together."""
+        writer = self.writers.get(name)
+        if writer is None:
+            path = self.staging / "records" / f"{file_name(name)}.parquet"
+            writer = self.writers[name] = _TableWriter(path, table.schema)
+        self.pending_bytes += writer.append(table)
+        if writer.pending_rows >= ROW_GROUP or self.pending_bytes > PENDING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits: all tables, or the big ones while small ones can wait."""
+        floor = 4096 if self.pending_bytes > PENDING_BYTES else ROW_GROUP // 8
+        for writer in self.writers.values():
+            if writer.pending_rows >= floor:
+                writer.flush()
+        self.pending_bytes = sum(t.nbytes for w in self.writers.values() for t in w.pending)
+
+    def add_gap(self, gap: Gap, source: str, t0_ns: int | None, t1_ns: int | None) -> None:
+        """A gap, its ends in dataset time."""
+        self.gaps.append(
+            {
+                "source": source, "reason": gap.reason, "cpu": gap.cpu, "t0_ns": t0_ns, "t1_ns": t1_ns,
+                "offset": gap.offset, "length": gap.length, "lost": gap.lost, "text": gap.text,
+            }
+        )  # fmt: skip
+
+    def add_note(self, note: Note, source: str) -> None:
+        """An oddity."""
+        self.notes.append(
+            {
+                "source": source, "code": note.code, "severity": note.severity, "text": note.text,
+                "offset": note.offset, "cpu": note.cpu, "count": note.count,
+            }
+        )  # fmt: skip
+
+    def close_records(self) -> Dataset:
+        """All records are in: close their files and give a view of the dataset in the making, for the bindings."""
+        for writer in self.writers.values():
+            writer.close()
+        pq.write_table(pa.Table.from_pylist(self.gaps, GAPS_SCHEMA), self.staging / "gaps.parquet")
+        pq.write_table(pa.Table.from_pylist(self.notes, NOTES_SCHEMA), self.staging / "notes.parquet")
+        return Dataset(self.staging, {"tables": {name: {"file": file_name(name)} for name in self.writers}})
+
+    def write_events(self, batches: Iterable[pa.Table], schema: pa.Schema) -> int:
+        """The canonical events; returns how many."""
+        writer = _TableWriter(self.staging / "events.parquet", schema)
+        try:
+            for batch in batches:
+                writer.append(batch)
+                if writer.pending_rows >= ROW_GROUP:
+                    writer.flush()
+        finally:
+            writer.close()
+        return writer.rows
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest and move the dataset to its place. From then on it exists, before it does not."""
+        tables = {name: {"file": file_name(name), "rows": w.rows} for name, w in sorted(self.writers.items())}
+        text = json.dumps({"format": FORMAT_VERSION, **manifest, "tables": tables}, indent=1)
+        (self.staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        with _uninterrupted():
+            old = self.target.parent / f".{self.target.name}.old-{os.getpid()}"
+            if self.target.exists():
+                self.target.rename(old)
+            self.staging.rename(self.target)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the two renames that must not be parted."""
+    try:
+        held = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread: no signal can arrive here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, held)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left beside the target; put back a dataset that was killed between the two renames."""
+    for path in target.parent.glob(f".{glob_escape(target.name)}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{target.name}.").partition("-")
+        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def glob_escape(name: str) -> str:
+    """A file name as a literal glob pattern."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Dataset:
+    """A dataset to read. `manifest` is the parsed manifest.json."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a finished dataset; StoreError when it is none or was written by a newer tool."""
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except OSError:
+            raise StoreError(f"{path}: not a dataset (no {MANIFEST}); make one with: tracetool ingest") from None
+        except ValueError as error:
+            raise StoreError(f"{path / MANIFEST}: damaged: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
+            raise StoreError(f"{path}: written in another format; ingest the recording again")
+        return cls(path, manifest)
+
+    def tables(self) -> frozenset[str]:
+        """Names of the record tables that have rows."""
+        return frozenset(self.manifest["tables"])
+
+    def table_path(self, name: str) -> Path:
+        """Parquet file of a record table."""
+        return self.path / "records" / f"{self.manifest['tables'][name]['file']}.parquet"
+
+    def scan(self, name: str) -> pl.LazyFrame:
+        """A record table, lazily."""
+        return pl.scan_parquet(self.table_path(name))
+
+    def schema(self, name: str) -> pa.Schema:
+        """Arrow schema of a record table with prose and units."""
+        return pq.read_schema(self.table_path(name))
+
+    def events(self) -> pl.LazyFrame:
+        """Canonical events, lazily."""
+        return pl.scan_parquet(self.path / "events.parquet")
+
+    def event_batches(self, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Canonical events of some kinds, a row group at a time, in order."""
+        file = pq.ParquetFile(self.path / "events.parquet")
+        wanted = sorted({*columns, "kind", "t_ns"})
+        for group in range(file.num_row_groups):
+            frame = pl.from_arrow(file.read_row_group(group, columns=wanted))
+            assert isinstance(frame, pl.DataFrame)
+            chosen = frame.filter(pl.col("kind").cast(pl.String).is_in(kinds))
+            if chosen.height:
+                yield chosen.to_arrow()
+
+    def gaps(self) -> list[dict[str, Any]]:
+        """The gaps, as dictionaries of `GAPS_SCHEMA`."""
+        rows: list[dict[str, Any]] = pq.read_table(self.path / "gaps.parquet").to_pylist()
+        return rows
+
+    def notes(self) -> list[dict[str, Any]]:
+        """The notes, as dictionaries of `NOTES_SCHEMA`."""
+        rows: list[dict[str, Any]] = pq.read_table(self.path / "notes.parquet").to_pylist()
+        return rows
