@@ -120,7 +120,7 @@ def _episodes(findings: list[dict[str, Any]]) -> None:
 
 
 def verdict(findings: Iterable[Mapping[str, Any]], rules: Sequence[Coverage], blind_share: float) -> str:
-    """`findings` for any warn or error; `inconclusive` when nothing could be checked or gaps cover most; else `clean`."""
+    """`findings` for any warn or error; `inconclusive` if nothing could be checked or gaps cover most; else `clean`."""
     if any(f["severity"] in ("error", "warn") for f in findings):
         return "findings"
     if rules and not any(c.state != "blind" for c in rules):

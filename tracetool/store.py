@@ -79,7 +79,7 @@ def is_dataset(path: Path) -> bool:
 def file_name(table: str) -> str:
     """A table's name as a file name: recorders choose names, so nothing of them may leave the folder."""
     safe = re.sub(r"[^A-Za-z0-9_.-]", "_", table)[:120].lstrip(".") or "_"
-    return safe if safe == table else f"{safe}-{crc32(table.encode("utf-8", "surrogatepass")):08x}"
+    return safe if safe == table else f"{safe}-{crc32(table.encode('utf-8', 'surrogatepass')):08x}"
 
 
 class _TableWriter:
