@@ -15,6 +15,7 @@ __all__ = ["FORMATS", "reader_class", "sniff"]
 FORMATS: tuple[tuple[str, str, str], ...] = (
     ("xentrace", "parsers.xentrace.reader", "XentraceReader"),
     ("qemu", "parsers.qemu.reader", "QemuReader"),
+    ("trace.dat", "parsers.tracedat", "TraceDatReader"),
 )  # fmt: skip
 
 
