@@ -16,6 +16,10 @@ FORMATS: tuple[tuple[str, str, str], ...] = (
     ("xentrace", "parsers.xentrace.reader", "XentraceReader"),
     ("qemu", "parsers.qemu.reader", "QemuReader"),
     ("trace.dat", "parsers.tracedat", "TraceDatReader"),
+    ("proc-interrupts", "parsers.debugkeys", "InterruptsReader"),
+    ("timer-list", "parsers.debugkeys", "TimerListReader"),
+    ("lsevtchn", "parsers.debugkeys", "LsevtchnReader"),
+    ("xen-console", "parsers.debugkeys", "XenConsoleReader"),
 )  # fmt: skip
 
 
