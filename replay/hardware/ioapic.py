@@ -123,6 +123,7 @@ class Pin:
             return SEND
         # Remote IRR was set already or it is now: either way it is set, if the rest is certain.
         self.remote_irr = 1 if certain else UNKNOWN
+        self.sent = NONE
         return MAYBE
 
     def end_of_interrupt(self) -> int:
@@ -130,8 +131,8 @@ class Pin:
         if self.level == 0:
             return NOTHING
         if self.level == UNKNOWN:
-            if self.remote_irr == 1:
-                self.remote_irr = UNKNOWN
+            self.remote_irr = UNKNOWN
+            self.sent = NONE
             return MAYBE
         self.remote_irr = 0
         self.sent = NONE
@@ -183,13 +184,9 @@ class IoApic:
             self.pins[number] = pin
         return pin
 
-    def broadcast(self, vector: int) -> list[Pin]:
-        """IO3: the EOI of `vector` reached *all* pins with that vector; those that (perhaps) sent again."""
-        again: list[Pin] = []
-        for pin in self.pins.values():
-            if pin.vector == vector and pin.end_of_interrupt() != NOTHING:
-                again.append(pin)
-        return again
+    def pins_of(self, vector: int) -> list[Pin]:
+        """IO3: an EOI of `vector` reaches *all* pins with that vector."""
+        return [pin for pin in self.pins.values() if pin.vector == vector]
 
     def forget(self) -> None:
         """Records were lost (U2)."""

@@ -1,0 +1,58 @@
+"""One vCPU of an HVM domain: its virtual LAPIC, and the injection that awaits its verdict (spec S2.1)."""
+
+from __future__ import annotations
+
+from replay.events import NIL, NONE
+from replay.hardware.lapic import LocalApic
+from replay.knowledge import UNKNOWN
+
+__all__ = ["Vcpu"]
+
+
+class Vcpu:
+    """A vCPU: its virtual LAPIC, whether it runs, and what is remembered of its last callback injection.
+
+    `injected_t` is NIL when no injection awaits its verdict. `ready_since` is the time from which it was running or
+    runnable without a break (NIL: it is not, or that is unknown).
+    """
+
+    __slots__ = (
+        "after_eoi", "begun", "entries_since_eoi", "flag_at_injection", "handlers_ahead", "injected_conf",
+        "injected_seq", "injected_t", "lapic", "last_entry_t", "number", "offline", "others_at_injection",
+        "reads_at_injection", "ready_since", "running", "sets_at_injection", "work",
+    )  # fmt: skip
+
+    def __init__(self, number: int, *, known: bool) -> None:
+        self.number = number
+        self.lapic = LocalApic(known=known)
+        self.running = 1 if known else UNKNOWN
+        self.ready_since = 0 if known else NIL
+        self.offline = 0 if known else UNKNOWN
+        self.entries_since_eoi = 1
+        self.last_entry_t = NIL
+        self.handlers_ahead = 0
+        self.work = 0
+        self.forget_injection()
+
+    def forget_injection(self) -> None:
+        """The last injection has had its verdict, or will have none."""
+        self.injected_t = NIL
+        self.injected_seq = NONE
+        self.injected_conf = 100
+        self.flag_at_injection = UNKNOWN
+        self.others_at_injection = UNKNOWN
+        self.reads_at_injection = 0
+        self.sets_at_injection = 0
+        self.after_eoi = False
+        self.begun = False
+
+    def forget(self) -> None:
+        """Records were lost (U2)."""
+        self.lapic.forget()
+        self.running = UNKNOWN
+        self.ready_since = NIL
+        self.offline = UNKNOWN
+        self.entries_since_eoi = 1
+        self.last_entry_t = NIL
+        self.handlers_ahead = 0
+        self.forget_injection()
