@@ -1,0 +1,190 @@
+"""GICv2 CPU interfaces as recorded: what IAR, EOIR and DIR did on each core, physical and virtual (spec S6.3).
+
+The hardware classes that predict these results from register writes and lines are in `replay.hardware.gic_*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+from replay.agenda import SOFTWARE
+from replay.declare import Config
+from replay.events import KIND_ID, NIL, NONE
+from replay.knowledge import UNKNOWN
+from replay.machine import Machine
+from replay.sink import Sink
+from replay.systems.gic.monitor import Monitor
+
+__all__ = ["GicMachine", "InService", "Interface"]
+
+ACK: Final = KIND_ID["gic.ack"]
+EOI: Final = KIND_ID["gic.eoi"]
+DIR: Final = KIND_ID["gic.dir"]
+CPU_IF: Final = KIND_ID["gic.cpu_if"]
+LOST: Final = KIND_ID["trace.lost"]
+
+CTLR: Final = 0  # GICC_CTLR
+CTLR_EOIMODE: Final = 1 << 9
+FIRST_SPECIAL: Final = 1020  # 1020-1023 are no interrupts
+MAX_CPUS: Final = 1 << 16
+
+# Time-outs: a = unit, b = INTID, c = serial
+LEAK: Final = 1
+NO_DIR: Final = 2
+
+
+class InService:
+    """An interrupt between IAR and EOIR."""
+
+    __slots__ = ("irq", "priority", "seq", "serial", "since")
+
+    def __init__(self, irq: int, priority: int, since: int, seq: int, serial: int) -> None:
+        self.irq: int = irq
+        self.priority: int = priority  # NIL: not recorded
+        self.since: int = since
+        self.seq: int = seq
+        self.serial: int = serial
+
+
+class Interface:
+    """One CPU interface. Below the known stack there may be interrupts that were active before the recording:
+    `bottom_known` says there are none; `settled` are those that cannot be among them."""
+
+    __slots__ = ("bottom_known", "by_dir", "cpu", "dropped", "eoimode", "id", "settled", "stack", "virtual")
+
+    def __init__(self, index: int, cpu: int, virtual: bool, *, known: bool) -> None:
+        self.id: int = index
+        self.cpu: int = cpu
+        self.virtual: bool = virtual
+        self.stack: list[InService] = []
+        self.bottom_known: bool = known
+        self.settled: set[int] = set()
+        self.eoimode: int = 0 if known else UNKNOWN
+        self.by_dir: set[int] = set()  # interrupts that DIR has deactivated here
+        self.dropped: dict[int, tuple[int, int]] = {}  # EOIR seen, DIR not: INTID to (time, serial)
+
+    def forget(self) -> None:
+        """U2: records of this cpu are lost."""
+        self.stack.clear()
+        self.bottom_known = False
+        self.settled.clear()
+        self.eoimode = UNKNOWN
+        self.dropped.clear()
+
+
+class GicMachine(Machine):
+    """Checks IAR, EOIR and DIR of every core against the rules of the architecture."""
+
+    columns: ClassVar[tuple[str, ...]] = ("kind", "t_ns", "cpu", "obj", "val", "flags", "seq")
+
+    def __init__(self, config: Config, sink: Sink) -> None:
+        super().__init__(sink)
+        self.active_ns: int = config.integer("active_ns")
+        self.dir_ns: int = config.integer("dir_ns")
+        self.seq: int = NONE
+        self.serial: int = 0
+        self.lost: bool = False
+        self.units: list[Interface] = []
+        self.unit_of: dict[int, Interface] = {}
+        self.monitor: Monitor = Monitor(self)
+        self.acks: int = 0
+        self.spurious: int = 0
+        self.eois: int = 0
+        self.max_depth: int = 0
+
+    def unit(self, cpu: int, flags: int) -> Interface:
+        """The interface of a core; bit 0 of `flags` chooses the virtual one."""
+        key = cpu << 1 | flags & 1
+        found = self.unit_of.get(key)
+        if found is None:
+            found = Interface(len(self.units), cpu, bool(flags & 1), known=self.from_boot and not self.lost)
+            self.unit_of[key] = found
+            self.units.append(found)
+        return found
+
+    def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
+        """Feed canonical events; kinds of other systems are skipped."""
+        for kind, t, cpu, obj, val, flags, seq in rows:
+            self.advance(t)
+            self.seq = seq
+            if kind == LOST:
+                self.taint(cpu, val, t)
+            elif not 0 <= cpu < MAX_CPUS or not 0 <= obj:
+                continue
+            elif kind == ACK:
+                self.acknowledge(self.unit(cpu, flags), obj & 0x3FF, val)
+            elif kind == EOI:
+                self.end_of_interrupt(self.unit(cpu, flags), obj & 0x3FF)
+            elif kind == DIR:
+                self.deactivate(self.unit(cpu, flags), obj & 0x3FF)
+            elif kind == CPU_IF and obj == CTLR and val != NIL:
+                self.unit(cpu, flags).eoimode = 1 if val & CTLR_EOIMODE else 0
+
+    def acknowledge(self, unit: Interface, irq: int, priority: int) -> None:
+        """GICC_IAR. An interrupt that is taken was not active, so nothing older of it is in service here."""
+        if irq >= FIRST_SPECIAL:
+            self.spurious += 1
+            self.monitor.spurious(unit, irq)
+            return
+        self.acks += 1
+        unit.settled.add(irq)
+        unit.dropped.pop(irq, None)
+        if unit.stack and priority != NIL:
+            running = unit.stack[-1]
+            if running.priority != NIL and priority >= running.priority:
+                self.monitor.inversion(unit, irq, priority, running)
+        self.serial += 1
+        unit.stack.append(InService(irq, priority, self.now, self.seq, self.serial))
+        self.max_depth = max(self.max_depth, len(unit.stack))
+        self.agenda.at(self.now + self.active_ns, SOFTWARE, LEAK, unit.id, irq, self.serial)
+
+    def end_of_interrupt(self, unit: Interface, irq: int) -> None:
+        """GICC_EOIR: the order is that of a stack; an older one may lie below what the recording saw."""
+        if irq >= FIRST_SPECIAL:
+            return
+        self.eois += 1
+        stack = unit.stack
+        at = len(stack) - 1
+        while at >= 0 and stack[at].irq != irq:
+            at -= 1
+        if at < 0 and (unit.bottom_known or irq in unit.settled):
+            self.monitor.unmatched(unit, irq)
+            return
+        if at < len(stack) - 1:
+            self.monitor.order(unit, irq, stack[-1])
+        if at >= 0:
+            del stack[at]
+        unit.settled.add(irq)
+        if unit.eoimode == 1:
+            self.serial += 1
+            unit.dropped[irq] = (self.now, self.serial)
+            self.agenda.at(self.now + self.dir_ns, SOFTWARE, NO_DIR, unit.id, irq, self.serial)
+
+    def deactivate(self, unit: Interface, irq: int) -> None:
+        """GICC_DIR."""
+        unit.by_dir.add(irq)
+        unit.dropped.pop(irq, None)
+
+    def fire(self, action: int, a: int, b: int, c: int) -> None:
+        """A time-out, unless what it waits for has happened."""
+        self.seq = NONE
+        unit = self.units[a]
+        if action == LEAK:
+            for entry in unit.stack:
+                if entry.serial == c:
+                    self.monitor.leak(unit, entry)
+        else:
+            since, serial = unit.dropped.get(b, (NIL, NONE))
+            if serial == c and b in unit.by_dir:
+                self.monitor.dir_missing(unit, b, since)
+
+    def taint(self, cpu: int, t0: int, t1: int) -> None:
+        self.lost = True
+        for unit in self.units:
+            if cpu < 0 or unit.cpu == cpu:
+                unit.forget()
+
+    def metrics(self) -> dict[str, int]:
+        """Counts of IAR and EOIR."""
+        return {"acks": self.acks, "spurious_acks": self.spurious, "eois": self.eois, "max_depth": self.max_depth}
