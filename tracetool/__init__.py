@@ -1,1 +1,7 @@
 """The command line, the dataset store and the reports."""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

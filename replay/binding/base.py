@@ -1,0 +1,178 @@
+"""What every binding shares: its input, its output, and the assembly of canonical event tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from replay.coverage import Observation
+from replay.events import KINDS, ROLES, SCHEMA
+
+__all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Records", "event", "slices"]
+
+#: The vocabulary as a polars type: cheap to carry, exact to spell.
+KIND: Final = pl.Enum([kind.name for kind in KINDS])
+
+_SYS: Final = tuple(dict.fromkeys(kind.sys for kind in KINDS))
+_SYS_OF_KIND: Final = np.array([_SYS.index(kind.sys) for kind in KINDS], dtype=np.int8)
+_ROLE_OF_KIND: Final = np.array([ROLES.index(kind.role) for kind in KINDS], dtype=np.int8)
+
+#: Columns that a binding fills; absent ones are null (or 0, 100 for flags and conf).
+COLUMNS: Final[Mapping[str, Any]] = {
+    "t_ns": pl.Int64,
+    "t_err_ns": pl.UInt32,
+    "src_seq": pl.UInt64,
+    "rank": pl.Int8,  # order among events of one record
+    "kind": KIND,
+    "cpu": pl.Int32,
+    "dom": pl.UInt16,
+    "vcpu": pl.UInt16,
+    "obj": pl.UInt32,
+    "tgt": pl.Int32,
+    "val": pl.Int64,
+    "val2": pl.Int64,
+    "flags": pl.UInt32,
+    "conf": pl.UInt8,
+    "offset": pl.UInt64,
+    "raw_kind": pl.String,
+}
+_DEFAULTS: Final[Mapping[str, Any]] = {"t_err_ns": 0, "rank": 0, "flags": 0, "conf": 100}
+
+
+class Records(Protocol):
+    """Record tables, wherever they lie."""
+
+    def tables(self) -> frozenset[str]:
+        """Names of the tables that exist."""
+        ...
+
+    def scan(self, name: str) -> pl.LazyFrame:
+        """One table, sorted by `seq`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a binding needs to know of the recording beside its tables.
+
+    `rows` is the number of records; `unit` that of `t_ns` ("ns" or "ticks"); `hz` the stamp frequency if known;
+    `gaps` have t0_ns, t1_ns, cpu, lost; `options` is what the user stated (for instance `hpet_irqs`).
+    """
+
+    source: str
+    rows: int
+    unit: str
+    hz: float | None
+    gaps: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Bound:
+    """What a binding gives: how well each kind is shown, what it found out, and the events in order."""
+
+    observed: dict[str, Observation]
+    facts: dict[str, Any]
+    batches: Iterator[pa.Table]
+
+
+def slices(rows: int, step: int = 1 << 20) -> Iterator[tuple[int, int]]:
+    """Ranges [lo, hi) of `seq` that cover a recording."""
+    for lo in range(0, max(rows, 1), step):
+        yield lo, lo + step
+
+
+def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.DataFrame:
+    """Canonical columns from a frame of records; `columns` are expressions or constants.
+
+    `t_ns`, `t_err_ns`, `cpu`, `offset` and `seq` (as `src_seq`) are taken over unless given.
+    """
+    given: dict[str, Any] = {
+        "t_ns": pl.col("t_ns"),
+        "t_err_ns": pl.col("t_err_ns"),
+        "src_seq": pl.col("seq"),
+        "cpu": pl.col("cpu"),
+        "offset": pl.col("offset"),
+        "kind": pl.lit(kind),
+        "raw_kind": pl.lit(raw_kind),
+        **columns,
+    }
+    exprs = []
+    for name, dtype in COLUMNS.items():
+        value = given.get(name, _DEFAULTS.get(name))
+        expr = value if isinstance(value, pl.Expr) else pl.lit(value)
+        exprs.append(expr.cast(dtype).alias(name))
+    return frame.select(exprs)
+
+
+class Assembler:
+    """Puts frames of events into one order over the whole recording and gives each its `seq`.
+
+    Events may lie before the record they come from (a handler's begin); `hold_ns` is how far back that can be, so
+    that much is kept for the next batch.
+    """
+
+    def __init__(self, source: str, hold_ns: int = 100_000_000) -> None:
+        self.source = source
+        self.hold_ns = hold_ns
+        self.held: pl.DataFrame | None = None
+        self.seq = 0
+        self.emitted_t: int | None = None
+
+    def push(self, frames: Iterable[pl.DataFrame], until_ns: int | None) -> pa.Table | None:
+        """Add events; return those that are final. `until_ns`: time of the slice's last record, None at the end."""
+        parts = [f for f in frames if f.height]
+        if self.held is not None:
+            parts.insert(0, self.held)
+        if not parts:
+            return None
+        # An event older than what was given out already cannot be put in its place any more.
+        frame = pl.concat(parts)
+        if self.emitted_t is not None:
+            frame = frame.with_columns(pl.col("t_ns").clip(lower_bound=self.emitted_t))
+        frame = frame.sort("t_ns", "src_seq", "rank", maintain_order=True)
+        if until_ns is None:
+            self.held = None
+        else:
+            final = frame["t_ns"].search_sorted(until_ns - self.hold_ns, side="left")
+            self.held = frame[int(final) :]
+            frame = frame[: int(final)]
+        if not frame.height:
+            return None
+        self.emitted_t = int(frame["t_ns"][-1])
+        table = self._arrow(frame)
+        self.seq += frame.height
+        return table
+
+    def _arrow(self, frame: pl.DataFrame) -> pa.Table:
+        """SCHEMA from a sorted frame."""
+        n = frame.height
+        kind = frame["kind"].to_physical().cast(pl.Int16).to_numpy()
+        zeros = pa.array(np.zeros(n, np.int16))
+        columns: dict[str, Any] = {
+            name: frame[name].to_arrow() for name in COLUMNS if name in SCHEMA.names and name not in ("kind", "seq")
+        }
+        columns["seq"] = pa.array(np.arange(self.seq, self.seq + n, dtype=np.uint64))
+        columns["src"] = pa.DictionaryArray.from_arrays(zeros, [self.source])
+        columns["kind"] = pa.DictionaryArray.from_arrays(pa.array(kind), [k.name for k in KINDS])
+        columns["sys"] = pa.DictionaryArray.from_arrays(pa.array(_SYS_OF_KIND[kind]), list(_SYS))
+        columns["role"] = pa.DictionaryArray.from_arrays(pa.array(_ROLE_OF_KIND[kind]), list(ROLES))
+        columns["cause_seq"] = pa.nulls(n, pa.uint64())
+        columns["body_id"] = pa.nulls(n, pa.uint64())
+        raw = frame["raw_kind"].cast(pl.Categorical)
+        names = raw.unique().cast(pl.String).drop_nulls().sort()
+        index = raw.cast(pl.Enum(names)).to_physical().cast(pl.Int32).to_arrow()
+        columns["origin"] = pa.StructArray.from_arrays(
+            [
+                pa.DictionaryArray.from_arrays(zeros, [self.source]),
+                frame["offset"].to_arrow(),
+                pa.DictionaryArray.from_arrays(index, names.to_arrow().cast(pa.string())),
+            ],
+            fields=list(SCHEMA.field("origin").type),
+        )
+        return pa.table([columns[f.name].cast(f.type) for f in SCHEMA], schema=SCHEMA)

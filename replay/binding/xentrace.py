@@ -1,0 +1,100 @@
+"""Stock xentrace to canonical events (spec M.1): idle and HPET broadcast, virtual LAPICs, scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import polars as pl
+import pyarrow as pa
+
+from replay.binding import xentrace_hpet, xentrace_hvm
+from replay.binding.base import Assembler, Bound, Context, Records, event, slices
+from replay.coverage import Observation
+
+__all__ = ["FORMATS", "bind"]
+
+#: Formats of the reader whose tables this binding understands.
+FORMATS: Final = ("xentrace", "xenalyze", "xentrace_format")
+
+IDLE_DOMAIN: Final = 0x7FFF
+
+
+def bind(records: Records, context: Context) -> Bound:
+    """Survey the recording once, then give its events slice by slice in bounded memory."""
+    hpet = xentrace_hpet.survey(records, context)
+    hvm = xentrace_hvm.survey(records)
+    observed: dict[str, Observation] = {
+        "trace.lost": Observation(100, "TRC_LOST_RECORDS and damage found by the reader"),
+        **_scheduling(records),
+        **hpet.observed,
+        **hvm.observed,
+    }
+    facts: dict[str, Any] = {**hpet.facts, **hvm.facts}
+    return Bound(observed, facts, _batches(records, context, hpet, hvm))
+
+
+def _scheduling(records: Records) -> dict[str, Observation]:
+    if "TRC_SCHED_RUNSTATE_CHANGE" not in records.tables():
+        return {}
+    seen = Observation(100, "TRC_SCHED_RUNSTATE_CHANGE")
+    return {"sched.run": seen, "sched.stop": seen}
+
+
+def _batches(
+    records: Records, context: Context, hpet: xentrace_hpet.Survey, hvm: xentrace_hvm.Survey
+) -> Iterator[pa.Table]:
+    assembler = Assembler(context.source)
+    idle = xentrace_hpet.Binder(records, context, hpet)
+    virtual = xentrace_hvm.Binder(records, hvm)
+    lost = _lost(context)
+    for lo, hi in slices(context.rows):
+        frames = [*idle.events(lo, hi), *virtual.events(lo, hi), *_runstates(records, lo, hi)]
+        if lo == 0:
+            frames.append(lost)
+        last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]
+        if last is None:
+            continue
+        table = assembler.push(frames, last)
+        if table is not None:
+            yield table
+    rest = assembler.push([], None)
+    if rest is not None:
+        yield rest
+
+
+def _runstates(records: Records, lo: int, hi: int) -> Iterator[pl.DataFrame]:
+    """Which vCPU runs on which CPU, idle vCPUs left out."""
+    name = "TRC_SCHED_RUNSTATE_CHANGE"
+    if name not in records.tables():
+        return
+    frame = (
+        records.scan(name)
+        .filter(pl.col("seq").is_between(lo, hi, closed="left") & (pl.col("dom") != IDLE_DOMAIN))
+        .select("seq", "t_ns", "t_err_ns", "cpu", "offset", "dom", "vcpu", "old_state", "new_state")
+        .collect()
+    )
+    who = {"dom": pl.col("dom"), "vcpu": pl.col("vcpu")}
+    yield event(frame.filter(pl.col("new_state") == 0), "sched.run", name, **who)
+    yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val=pl.col("new_state"))
+
+
+def _lost(context: Context) -> pl.DataFrame:
+    """Gaps as markers at their end; a gap without an end lasts to the end of the recording and needs none."""
+    rows = [g for g in context.gaps if g["t1_ns"] is not None]
+    frame = pl.DataFrame(
+        {
+            "seq": [0] * len(rows),
+            "t_ns": [g["t1_ns"] for g in rows],
+            "t_err_ns": [0] * len(rows),
+            "cpu": [g["cpu"] for g in rows],
+            "offset": [g["offset"] for g in rows],
+            "start": [g["t0_ns"] if g["t0_ns"] is not None else g["t1_ns"] for g in rows],
+            "lost": [g["lost"] for g in rows],
+        },
+        schema={
+            "seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int32, "offset": pl.UInt64,
+            "start": pl.Int64, "lost": pl.Int64,
+        },
+    )  # fmt: skip
+    return event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)

@@ -1,0 +1,335 @@
+"""HPET broadcast in stock xentrace: idle periods, deadlines, wake reasons, channel interrupts (spec M.1).
+
+Stock Xen records no channel, no owner and no comparator. What it does record: when a CPU goes idle and how long the
+governor expects it to sleep (TRC_PM_IDLE_ENTRY), when it leaves (TRC_PM_IDLE_EXIT), where an interrupt was handled and
+for how long (TRC_HW_IRQ_HANDLED), and where an interrupt is pointed (TRC_HW_IRQ_ASSIGN_VECTOR). Which interrupts are
+HPET channels is found by behaviour: only theirs are re-pointed on the way into and out of idle
+(hpet_attach_channel, hpet_detach_channel), or they are bound to vector 0x30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import polars as pl
+
+from replay.binding.base import Context, Records, event
+from replay.coverage import Observation
+
+__all__ = ["REASONS", "Binder", "Survey", "survey"]
+
+#: HPET_BROADCAST_VECTOR of Xen since October 2025.
+FIXED_VECTOR: Final = 0x30
+#: An assignment this close to an idle entry or exit of its CPU belongs to the broadcast (ns).
+NEAR_IDLE_NS: Final = 1_000_000
+#: Share of an interrupt's assignments that must lie there.
+NEAR_IDLE_SHARE: Final = 0.8
+#: A remote handler wakes its CPUs within this (ns).
+REMOTE_WAKE_NS: Final = 200_000
+#: A handler record this long before the exit record still counts as its cause (ns).
+WAKE_WINDOW_NS: Final = 1_000_000
+#: Longest handler that is believed (ns): the two stamps in the record have 32 bits only.
+LONGEST_HANDLER_NS: Final = 50_000_000
+#: Earliest moment a remote handler may have begun to count as the cause of a wake: deadlines have 1 us resolution.
+DUE_SLACK_NS: Final = 1_000_000
+
+#: `tgt` of idle.exit: why the CPU woke.
+REASONS: Final = {"unknown": 0, "hpet": 1, "broadcast": 2, "interrupt": 3, "cleanup": 4}
+
+_ENTRY: Final = "TRC_PM_IDLE_ENTRY"
+_EXIT: Final = "TRC_PM_IDLE_EXIT"
+_HANDLED: Final = "TRC_HW_IRQ_HANDLED"
+_ASSIGN: Final = "TRC_HW_IRQ_ASSIGN_VECTOR"
+_BIND: Final = "TRC_HW_IRQ_BIND_VECTOR"
+_CLEANUP: Final = "TRC_HW_IRQ_MOVE_CLEANUP"
+_KEEP: Final = ("seq", "t_ns", "t_err_ns", "cpu", "offset", "tsc")
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the whole recording says before its events are made. `channels` maps an irq to its channel number."""
+
+    observed: dict[str, Observation] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    channels: dict[int, int] = field(default_factory=dict)
+    pending_vectors_recorded: bool = False
+
+
+def survey(records: Records, context: Context) -> Survey:
+    """Find the channels and how well the broadcast can be seen."""
+    tables = records.tables()
+    result = Survey()
+    if not {_ENTRY, _EXIT} <= tables:
+        result.facts["hpet"] = "no idle records: trace class 0x00801000 (PM), and use a C-state driver"
+        return result
+    irq_seen = _HANDLED in tables
+    result.channels = _channels(records, context) if irq_seen else {}
+    pending = pl.any_horizontal(*(pl.col(f"irr{i}") != 0 for i in range(4)))
+    result.pending_vectors_recorded = bool(records.scan(_EXIT).select(pending.any()).collect().item())
+    cpus = records.scan(_ENTRY).select(pl.col("cpu").n_unique()).collect().item()
+    result.facts.update(
+        {
+            "hpet_channels": {str(irq): channel for irq, channel in result.channels.items()},
+            "idle_cpus": cpus,
+            "hpet_config": {"n_channels": max(1, len(result.channels)), "n_cpus": int(cpus)},
+        }
+    )
+    result.observed["idle.enter"] = Observation(80, f"{_ENTRY}: the governor's expected sleep, 1 us resolution")
+    if result.pending_vectors_recorded:
+        result.observed["idle.exit"] = Observation(80, f"{_EXIT} with pending vectors")
+    else:
+        result.observed["idle.exit"] = Observation(
+            50, f"{_EXIT} without pending vectors: the reason of a wake is inferred from handler records"
+        )
+    result.observed["idle.break"] = Observation(50, "exits that no HPET handler explains")
+    if not irq_seen:
+        result.facts["hpet"] = "no interrupt records: trace class 0x00802000 (IRQ) too"
+        return result
+    if not result.channels:
+        result.facts["hpet"] = "no interrupt behaves like an HPET channel (state them with --hpet-irqs)"
+        return result
+    stated = "stated" if context.options.get("hpet_irqs") else "channels found by behaviour"
+    conf = 80 if context.options.get("hpet_irqs") else 50
+    for kind in ("hpet.handler.begin", "hpet.handler.end"):
+        result.observed[kind] = Observation(conf, f"{_HANDLED}, {stated}")
+    if _ASSIGN in tables:
+        result.observed["hpet.retarget"] = Observation(50, f"{_ASSIGN}; a refused move leaves no record")
+    return result
+
+
+def _channels(records: Records, context: Context) -> dict[int, int]:
+    """irq to channel number, in the order of the irq numbers."""
+    stated = context.options.get("hpet_irqs")
+    if stated:
+        return {int(irq): channel for channel, irq in enumerate(sorted(stated))}
+    tables = records.tables()
+    irqs: set[int] = set()
+    if _BIND in tables:
+        bound = records.scan(_BIND).filter(pl.col("vector") == FIXED_VECTOR).select(pl.col("irq").unique()).collect()
+        irqs.update(bound["irq"].to_list())
+    if _ASSIGN in tables:
+        irqs.update(_moved_around_idle(records))
+    return {irq: channel for channel, irq in enumerate(sorted(irqs))}
+
+
+def _moved_around_idle(records: Records) -> list[int]:
+    """Interrupts that a CPU points elsewhere right after its idle exit or right before its idle entry."""
+    assigned = records.scan(_ASSIGN).select("seq", "t_ns", "cpu", "irq").collect().sort("seq")
+    handled = records.scan(_HANDLED).group_by("irq").agg(cpus=pl.col("cpu").n_unique()).collect()
+    cpus = assigned["cpu"].unique().to_list()
+
+    def idle(name: str) -> pl.DataFrame:
+        frame = records.scan(name).filter(pl.col("cpu").is_in(cpus)).select("seq", "cpu", "t_ns")
+        return frame.rename({"t_ns": f"t_{name}"}).collect().sort("seq")
+
+    near = (
+        assigned.join_asof(idle(_EXIT), on="seq", by="cpu", strategy="backward")
+        .join_asof(idle(_ENTRY), on="seq", by="cpu", strategy="forward")
+        .with_columns(
+            near=((pl.col("t_ns") - pl.col(f"t_{_EXIT}")) < NEAR_IDLE_NS).fill_null(False)
+            | ((pl.col(f"t_{_ENTRY}") - pl.col("t_ns")) < NEAR_IDLE_NS).fill_null(False)
+        )
+        .group_by("irq")
+        .agg(share=pl.col("near").mean(), n=pl.len())
+        .filter((pl.col("share") >= NEAR_IDLE_SHARE) & (pl.col("n") >= 8))
+        .join(handled.filter(pl.col("cpus") > 1), on="irq", how="inner")
+    )
+    return sorted(int(i) for i in near["irq"].to_list())
+
+
+class Binder:
+    """Makes the events of one slice after the other; carries the open idle periods."""
+
+    def __init__(self, records: Records, context: Context, found: Survey) -> None:
+        self.records = records
+        self.found = found
+        self.tables = records.tables()
+        self.ticks_per_ns = (context.hz or 1e9) / 1e9 if context.unit == "ns" else 1.0
+        self.in_ns = context.unit == "ns"
+        self.pool = pl.DataFrame()
+        self.open_entries: pl.DataFrame | None = None
+        self.recent_handlers: pl.DataFrame | None = None
+        self.recent_cleanups: pl.DataFrame | None = None
+        self.targets: pl.DataFrame | None = None
+
+    def _read(self, name: str, lo: int, hi: int, *columns: str) -> pl.DataFrame | None:
+        if name not in self.tables:
+            return None
+        window = pl.col("seq").is_between(lo, hi, closed="left")
+        return self.records.scan(name).filter(window).select(*_KEEP, *columns).collect().sort("seq")
+
+    def events(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
+        """Events of the records with lo <= seq < hi."""
+        if _ENTRY not in self.tables or _EXIT not in self.tables:
+            return
+        entries = self._read(_ENTRY, lo, hi, "expected_us", "cx")
+        exits = self._read(_EXIT, lo, hi, "irr0", "irr1", "irr2", "irr3")
+        assert entries is not None and exits is not None
+        handlers = self._handlers(lo, hi)
+        yield self._enter(entries)
+        yield from self._exits(entries, exits, handlers, lo, hi)
+        yield from self._handler_events(handlers)
+        yield from self._retargets(lo, hi)
+
+    def _deadline(self, entered: str, expected_us: str) -> pl.Expr:
+        """Null when the governor gave none, or when the clock runs in ticks and microseconds cannot be added."""
+        if not self.in_ns:
+            return pl.lit(None, pl.Int64)
+        return pl.when(pl.col(expected_us) > 0).then(pl.col(entered) + pl.col(expected_us).cast(pl.Int64) * 1000)
+
+    def _enter(self, entries: pl.DataFrame) -> pl.DataFrame:
+        """Deadline = entry + expected sleep; 0 means that the governor gave none."""
+        deadline = self._deadline("t_ns", "expected_us")
+        return event(entries, "idle.enter", _ENTRY, val=deadline, val2=pl.col("cx"), conf=80)
+
+    def _handlers(self, lo: int, hi: int) -> pl.DataFrame | None:
+        """Interrupt handlers with begin and end in ns: the record comes after the end, its words are low TSC bits."""
+        frame = self._read(_HANDLED, lo, hi, "irq", "tsc_in", "tsc_out")
+        if frame is None:
+            return None
+
+        def back(column: str) -> pl.Expr:
+            low = pl.col("tsc").cast(pl.UInt64) & 0xFFFFFFFF
+            ticks = (low.cast(pl.Int64) - pl.col(column).cast(pl.Int64)) & 0xFFFFFFFF
+            ns = (ticks.cast(pl.Float64) / self.ticks_per_ns).cast(pl.Int64)
+            return pl.col("t_ns") - pl.when(ns < LONGEST_HANDLER_NS).then(ns).otherwise(0)
+
+        channel = pl.col("irq").replace_strict(
+            list(self.found.channels), list(self.found.channels.values()), default=None, return_dtype=pl.Int64
+        ) if self.found.channels else pl.lit(None, pl.Int64)  # fmt: skip
+        return frame.with_columns(begin=back("tsc_in"), end=back("tsc_out"), channel=channel).with_columns(
+            begin=pl.min_horizontal("begin", "end")
+        )
+
+    def _handler_events(self, handlers: pl.DataFrame | None) -> Iterator[pl.DataFrame]:
+        if handlers is None:
+            return
+        conf = self.found.observed.get("hpet.handler.begin", Observation(50, "")).conf
+        hpet = handlers.filter(pl.col("channel").is_not_null())
+        yield event(
+            hpet, "hpet.handler.begin", _HANDLED,
+            t_ns=pl.col("begin"), obj=pl.col("channel"), val=pl.col("irq"), conf=conf, rank=-1,
+        )  # fmt: skip
+        yield event(
+            hpet, "hpet.handler.end", _HANDLED,
+            t_ns=pl.col("end"), obj=pl.col("channel"), val=pl.col("irq"), conf=conf,
+        )  # fmt: skip
+
+    def _exits(
+        self, entries: pl.DataFrame, exits: pl.DataFrame, handlers: pl.DataFrame | None, lo: int, hi: int
+    ) -> Iterator[pl.DataFrame]:
+        """idle.exit with its reason, and idle.break for exits that neither the HPET nor a broadcast explains."""
+        opened = entries.select("seq", "cpu", entered="t_ns", expected="expected_us")
+        if self.open_entries is not None:
+            opened = pl.concat([self.open_entries, opened])
+        opened = opened.sort("seq")
+        self.open_entries = opened.group_by("cpu", maintain_order=True).last().select(opened.columns)
+        frame = exits.join_asof(opened, on="seq", by="cpu", strategy="backward")
+        frame = frame.with_columns(deadline=self._deadline("entered", "expected"))
+        frame = self._own_handler(frame, handlers)
+        frame = self._remote_handler(frame, handlers)
+        frame = self._cleanup(frame, lo, hi)
+        slept = pl.col("entered").is_not_null()
+        reason = (
+            pl.when(pl.col("own_channel").is_not_null()).then(REASONS["hpet"])
+            .when(pl.col("own_irq").is_not_null()).then(REASONS["interrupt"])
+            .when(pl.col("remote_channel").is_not_null()).then(REASONS["broadcast"])
+            .when(pl.col("cleanup").is_not_null()).then(REASONS["cleanup"])
+            .otherwise(REASONS["unknown"])
+        )  # fmt: skip
+        frame = frame.with_columns(reason=reason, slept=slept)
+        packed = pl.sum_horizontal(*(pl.col(f"irr{i}").cast(pl.Int64) * (1 << 8 * i) for i in range(4)))
+        yield event(
+            frame, "idle.exit", _EXIT,
+            val=packed, tgt=pl.col("reason"), obj=pl.coalesce("own_channel", "own_irq", "remote_channel"), conf=50,
+        )  # fmt: skip
+        broken = frame.filter(pl.col("slept") & ~pl.col("reason").is_in([REASONS["hpet"], REASONS["broadcast"]]))
+        yield event(broken, "idle.break", _EXIT, obj=pl.col("own_irq"), tgt=pl.col("reason"), conf=50, rank=-1)
+
+    def _carry(self, kept: pl.DataFrame | None, fresh: pl.DataFrame) -> pl.DataFrame:
+        return fresh if kept is None else pl.concat([kept, fresh]).sort("seq")
+
+    def _own_handler(self, frame: pl.DataFrame, handlers: pl.DataFrame | None) -> pl.DataFrame:
+        """The last handler on this CPU since it went to sleep, right before the exit record."""
+        nothing = pl.lit(None, pl.Int64)
+        if handlers is None:
+            return frame.with_columns(own_channel=nothing, own_irq=nothing)
+        fresh = handlers.select("seq", "cpu", own_end="end", own_begin="begin", h_irq="irq", h_channel="channel")
+        pool = self._carry(self.recent_handlers, fresh)
+        self.recent_handlers = pool.group_by("cpu", maintain_order=True).tail(4).select(pool.columns).sort("seq")
+        self.pool = pool
+        joined = frame.sort("seq").join_asof(pool, on="seq", by="cpu", strategy="backward")
+        woke = (pl.col("own_begin") >= pl.col("entered")) & (pl.col("t_ns") - pl.col("own_end") < WAKE_WINDOW_NS)
+        return joined.with_columns(
+            own_channel=pl.when(woke).then(pl.col("h_channel")),
+            own_irq=pl.when(woke & pl.col("h_channel").is_null()).then(pl.col("h_irq").cast(pl.Int64)),
+        ).drop("own_end", "own_begin", "h_irq", "h_channel")
+
+    def _remote_handler(self, frame: pl.DataFrame, handlers: pl.DataFrame | None) -> pl.DataFrame:
+        """A broadcast handler on another CPU that ran when this CPU was due, shortly before it woke."""
+        if handlers is None or not self.found.channels:
+            return frame.with_columns(remote_channel=pl.lit(None, pl.Int64))
+        remote = (
+            self.pool.filter(pl.col("h_channel").is_not_null())
+            .select(r_begin="own_begin", r_cpu="cpu", r_channel="h_channel")
+            .sort("r_begin")
+        )
+        joined = frame.sort("t_ns").join_asof(remote, left_on="t_ns", right_on="r_begin", strategy="backward")
+        woke = (
+            (pl.col("r_cpu") != pl.col("cpu"))
+            & (pl.col("r_begin") >= pl.col("entered"))
+            & (pl.col("t_ns") - pl.col("r_begin") < REMOTE_WAKE_NS)
+            & (pl.col("r_begin") >= pl.col("deadline") - DUE_SLACK_NS)
+        )
+        return (
+            joined.with_columns(remote_channel=pl.when(woke).then(pl.col("r_channel")))
+            .drop("r_begin", "r_cpu", "r_channel")
+            .sort("seq")
+        )
+
+    def _cleanup(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:
+        """IRQ_MOVE_CLEANUP since the CPU went to sleep: an IPI of the interrupt migration."""
+        fresh = self._read(_CLEANUP, lo, hi)
+        if fresh is None:
+            return frame.with_columns(cleanup=pl.lit(None, pl.Int64))
+        pool = self._carry(self.recent_cleanups, fresh.select("seq", "cpu", c_t="t_ns"))
+        self.recent_cleanups = pool.group_by("cpu", maintain_order=True).last().select(pool.columns).sort("seq")
+        joined = frame.sort("seq").join_asof(pool, on="seq", by="cpu", strategy="backward")
+        return joined.with_columns(
+            cleanup=pl.when((pl.col("c_t") >= pl.col("entered")) & (pl.col("t_ns") - pl.col("c_t") < WAKE_WINDOW_NS))
+            .then(pl.col("c_t"))
+        ).drop("c_t")  # fmt: skip
+
+    def _retargets(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
+        """Where a channel's interrupt is pointed: the lowest CPU of the assigned mask."""
+        if not self.found.channels:
+            return
+        frame = self._read(_ASSIGN, lo, hi, "irq", "vector", "cpumask0", "cpumask1", "cpumask2")
+        if frame is None:
+            return
+        frame = frame.filter(pl.col("irq").is_in(list(self.found.channels)))
+
+        def lowest(name: str, base: int) -> pl.Expr:
+            mask = pl.col(name).cast(pl.UInt64)
+            return pl.when(mask != 0).then((mask.bitwise_trailing_zeros().cast(pl.Int32)) + base)
+
+        channel = pl.col("irq").replace_strict(
+            list(self.found.channels), list(self.found.channels.values()), return_dtype=pl.Int64
+        )
+        frame = frame.with_columns(
+            channel=channel,
+            target=pl.coalesce(lowest("cpumask0", 0), lowest("cpumask1", 64), lowest("cpumask2", 128)),
+        )
+        pool = frame.select("seq", "channel", "target")
+        if self.targets is not None:
+            pool = pl.concat([self.targets, pool])
+        pool = pool.sort("seq").with_columns(old=pl.col("target").shift(1).over("channel"))
+        last = pool.group_by("channel", maintain_order=True).last()
+        self.targets = last.select("seq", "channel", "target").sort("seq")
+        frame = frame.join(pool.select("seq", "channel", "old"), on=["seq", "channel"], how="left")
+        yield event(
+            frame, "hpet.retarget", _ASSIGN,
+            obj=pl.col("channel"), tgt=pl.col("target"), val=pl.col("old"), val2=pl.col("vector"), conf=80,
+        )  # fmt: skip
