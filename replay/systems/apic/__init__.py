@@ -7,6 +7,7 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
+from replay.systems.apic import hpet_block_codes, ioapic_codes
 from replay.systems.apic.codes import CODES, PARAMETERS
 from replay.systems.apic.machine import ApicMachine
 
@@ -27,8 +28,8 @@ SYSTEM = System(
     name="apic",
     section="S6.1",
     title="Local APIC, IOAPIC and HPET block",
-    codes=CODES,
-    parameters=PARAMETERS,
+    codes=CODES + ioapic_codes.CODES + hpet_block_codes.CODES,
+    parameters=PARAMETERS + ioapic_codes.PARAMETERS + hpet_block_codes.PARAMETERS,
     policies={"any": Hardware},
     roles={"current": "any", "proposed": "any"},
     make=_make,

@@ -6,15 +6,18 @@ the machine keeps IRR, ISR and the handler stacks, and the monitor says where th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Final
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final
 
 from replay.agenda import SOFTWARE
 from replay.declare import Config
 from replay.events import KIND_ID, NIL, NONE
+from replay.hardware.ioapic import Pin
 from replay.hardware.lapic import VECTORS
 from replay.machine import Machine
 from replay.sink import Sink
+from replay.systems.apic.hpet_block_monitor import RTC_PIN, HpetBlockMonitor
+from replay.systems.apic.ioapic_monitor import STUCK_LIMIT, IoApicMonitor
 from replay.systems.apic.monitor import LapicMonitor
 from replay.systems.apic.state import Processor
 
@@ -31,6 +34,16 @@ SNAPSHOT: Final = KIND_ID["lapic.snapshot"]
 RUN: Final = KIND_ID["sched.run"]
 STOP: Final = KIND_ID["sched.stop"]
 LOST: Final = KIND_ID["trace.lost"]
+IOAPIC_LINE: Final = KIND_ID["ioapic.line"]
+IOAPIC_RTE: Final = KIND_ID["ioapic.rte"]
+IOAPIC_CHECK: Final = KIND_ID["ioapic.check"]
+IOAPIC_REMOTE_IRR: Final = KIND_ID["ioapic.remote_irr"]
+IOAPIC_EOI: Final = KIND_ID["ioapic.eoi"]
+HPET_CMP: Final = KIND_ID["hwhpet.cmp"]
+HPET_DATA: Final = KIND_ID["hwhpet.route_data"]
+HPET_ADDRESS: Final = KIND_ID["hwhpet.route_addr"]
+HPET_CONFIG: Final = KIND_ID["hwhpet.config"]
+HPET_FIRE: Final = KIND_ID["hwhpet.fire"]
 
 # Actions of the agenda.
 EOI_LIMIT: Final = 1
@@ -63,6 +76,14 @@ class ApicMachine(Machine):
         self.eois: dict[int, int] = {}
         self.irr_coalesced = 0
         self.exits_traced = True
+        self.config = config
+        self.ioapics: dict[int, IoApicMonitor] = {}  # by domain; NONE: the machine's own
+        self.hpet = HpetBlockMonitor(sink, config)
+
+    def load(self, init: Mapping[str, Any]) -> None:
+        """`rte`: redirection entries at the start."""
+        if "rte" in init:
+            self.ioapic(NONE).load(init["rte"])
 
     # -- event glue --------------------------------------------------------------------------------------------
 
@@ -71,11 +92,14 @@ class ApicMachine(Machine):
             self.start()
         heap = self.agenda.heap
         processors = self.processors
-        for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, _, flags in rows:
+        for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, val2, flags in rows:
             if heap:
                 self.advance(t)
             else:
                 self.now = t
+            if IOAPIC_LINE <= kind <= HPET_FIRE:
+                self.block(kind, seq, dom, obj, tgt, val, val2)
+                continue
             key = dom << 16 | vcpu if dom >= 0 else -1 - cpu
             p = processors.get(key)
             if p is None:
@@ -88,6 +112,8 @@ class ApicMachine(Machine):
                 self.accept(p, key, obj, bool(flags & 1), seq)
             elif kind == EXIT:
                 self.exit(p, key, obj, seq)
+                if val != NIL and dom in self.ioapics:
+                    self.ioapics[dom].handler_returned(obj, val)
             elif kind == RUN:
                 self.run(p, key, cpu)
             elif kind == STOP:
@@ -111,6 +137,7 @@ class ApicMachine(Machine):
         self.monitor.accepts_seen = self.sees("lapic.accept")
         self.exits_traced = self.sees("lapic.exit")
         self.monitor.exits_seen = self.exits_traced
+        self.hpet.start(self.from_boot, self.sees("hwhpet.fire"))
 
     def discover(self, key: int, cpu: int, dom: int, vcpu: int) -> Processor:
         """First event of a CPU or vCPU."""
@@ -146,6 +173,8 @@ class ApicMachine(Machine):
         counter = (key << 8) | vector
         self.deliveries[counter] = self.deliveries.get(counter, 0) + 1
         self.monitor.entered(p, vector, t, seq)
+        if p.dom in self.ioapics:
+            self.ioapics[p.dom].delivered(vector)
 
     def eoi(self, p: Processor, key: int, named: int, seq: int) -> int:
         """L4: dismiss the highest vector in service; returns it (NONE if none is known)."""
@@ -159,6 +188,8 @@ class ApicMachine(Machine):
         if not self.exits_traced and vector >= 0:
             # Without exit records the EOI is the only sign that a handler ends.
             p.frames = [frame for frame in p.frames if frame[0] != vector]
+        if p.dom in self.ioapics and (vector >= 0 or named >= 0):
+            self.request(p.dom, self.ioapics[p.dom].dismissed(vector if vector >= 0 else named, t, seq), seq)
         return vector
 
     def exit(self, p: Processor, key: int, vector: int, seq: int) -> None:
@@ -206,9 +237,63 @@ class ApicMachine(Machine):
             if word == VECTORS // 64 - 1:
                 p.lapic.isr_unknown_below = 0
 
+    # -- IOAPIC and HPET block -----------------------------------------------------------------------------------
+
+    def ioapic(self, dom: int) -> IoApicMonitor:
+        """The IOAPIC of the machine (NONE) or of a guest."""
+        ioapic = self.ioapics.get(dom)
+        if ioapic is None:
+            ioapic = IoApicMonitor(self.sink, self.config, self.agenda, dom)
+            ioapic.start(self.from_boot, self.observed is not None and self.sees("ioapic.eoi"))
+            self.ioapics[dom] = ioapic
+        return ioapic
+
+    def block(self, kind: int, seq: int, dom: int, obj: int, tgt: int, val: int, val2: int) -> None:
+        """Event glue of the hardware that is not a processor's."""
+        t = self.now
+        if kind == IOAPIC_LINE:
+            if obj == RTC_PIN and val:
+                self.hpet.rtc_edge(t, seq)
+            self.request(dom, self.ioapic(dom).line(obj, val, t, seq), seq)
+        elif kind == IOAPIC_RTE:
+            self.request(dom, self.ioapic(dom).rte(obj, val, val2, t, seq), seq)
+        elif kind == IOAPIC_EOI:
+            self.request(dom, self.ioapic(dom).acknowledged(obj, tgt, t, seq), seq)
+        elif kind == IOAPIC_REMOTE_IRR:
+            self.ioapic(dom).remote_irr(obj, val, t)
+        elif kind == IOAPIC_CHECK:
+            self.ioapic(dom).check(t)
+        elif kind == HPET_CMP:
+            self.hpet.written(obj, val, val2, t, seq)
+        elif kind == HPET_FIRE:
+            self.hpet.fired(obj, t, seq)
+        elif kind == HPET_DATA:
+            self.hpet.route(obj, val, NIL, t, seq)
+        elif kind == HPET_ADDRESS:
+            self.hpet.route(obj, NIL, val, t, seq)
+        elif kind == HPET_CONFIG:
+            self.hpet.configured(obj, val, val2, t)
+
+    def request(self, dom: int, pins: list[Pin], seq: int) -> None:
+        """L1 for the messages of pins. A recording states its accepts itself; a scenario leaves them to the model."""
+        if self.observed is not None:
+            return
+        for pin in pins:
+            if pin.dest >= 0 and pin.logical != 1:
+                key = dom << 16 | pin.dest if dom >= 0 else -1 - pin.dest
+                p = self.processors.get(key) or self.discover(key, pin.dest, dom, pin.dest if dom >= 0 else NONE)
+                self.accept(p, key, pin.vector, pin.level == 1, seq)
+
+    def conclude(self, t_end: int) -> None:
+        self.hpet.finish(t_end)
+        self.sink.findings.sort(key=lambda finding: finding.t)
+
     # -- time-outs ---------------------------------------------------------------------------------------------
 
     def fire(self, action: int, a: int, b: int, c: int) -> None:
+        if action == STUCK_LIMIT:
+            self.ioapics[c].fire(a, b, self.now)
+            return
         p = self.by_serial[a]
         if c != p.generation:
             return
@@ -239,6 +324,9 @@ class ApicMachine(Machine):
             if p.dom >= 0 or cpu in (NONE, NIL) or key == -1 - cpu:
                 p.forget()
         self.on_cpu.clear()
+        for ioapic in self.ioapics.values():
+            ioapic.forget()
+        self.hpet.forget()
 
     # -- numbers -----------------------------------------------------------------------------------------------
 
@@ -250,6 +338,9 @@ class ApicMachine(Machine):
             "irr_coalesced": self.irr_coalesced,
             "in_service_at_end": sum(len(p.lapic.isr) for p in self.processors.values()),
             "max_nesting": self.monitor.max_nesting,
+            "ioapic_sends": sum(x.sends for x in self.ioapics.values()),
+            "level_redeliveries": sum(x.level_redeliveries for x in self.ioapics.values()),
+            **self.hpet.metrics(),
         }
         for name, counters in (("deliveries", self.deliveries), ("eois", self.eois)):
             for counter, count in sorted(counters.items()):
