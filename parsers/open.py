@@ -27,6 +27,7 @@ RATIO_FREE_BYTES = 64 << 20  #: ... once this much came out (a small file of zer
 MAX_BYTES = 8 << 30  #: and nothing may expand beyond this
 LZMA_MEMORY = 256 << 20  #: memory that an xz stream may ask for
 PIECE = 256 << 10
+ZSTD_PIECE = 4 << 10  # Arrow drops an incomplete piece when the stream breaks off: lose little
 
 #: (magic number, codec): gzip RFC 1952, Zstandard RFC 8878, .xz file format 1.2, bzip2.
 MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -151,6 +152,9 @@ class _Source:
             data, self.pushed = self.pushed[:size], self.pushed[size:]
             return data
         return self._more(size)
+
+    def close(self) -> None:
+        """Asked for by pyarrow; the file belongs to the caller."""
 
     def drain(self) -> str:
         """Reads to the end (the hash covers all of the input) and returns the digest."""
@@ -278,7 +282,7 @@ def _zstd(source: _Source) -> Iterator[bytes]:
     stream = pa.CompressedInputStream(pa.PythonFile(source, mode="r"), "zstd")
     while True:
         try:
-            out = stream.read(PIECE)
+            out = stream.read(ZSTD_PIECE)
         except (OSError, pa.ArrowException) as error:
             raise _Damaged(str(error).splitlines()[0]) from error
         if not out:

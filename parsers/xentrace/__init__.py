@@ -1,0 +1,1 @@
+"""The binary stream that Xen's `xentrace` collector writes."""
