@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from parsers.formats import reader_class, sniff
 from parsers.open import Opened, open_recording
@@ -68,16 +69,17 @@ def ingest(
     with DatasetWriter(target, force=options.force) as writer:
         opened = open_recording(name)
         reader = _reader(opened, options)
-        _store(reader, opened, writer, progress)
+        extent = _store(reader, opened, writer, progress)
         dataset = writer.close_records()
-        manifest = _manifest(reader, opened, options)
+        manifest = {**_manifest(reader, opened, options), **extent}
         if opened.truncated:
             _compressed_end(writer, opened)
             dataset = writer.close_records()
         bound = _bind(reader, dataset, options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
-        manifest["events"] = writer.write_events(_reported(bound.batches, progress, manifest["span"]["records"]), SCHEMA)
+        batches = _reported(bound.batches, progress, manifest["span"]["records"])
+        manifest["events"] = writer.write_events(batches, SCHEMA)
         writer.finish(manifest)
         damaged = any(n["severity"] == "error" for n in writer.notes)
         return Ingested(target, manifest, writer.gaps, writer.notes, damaged)
@@ -100,17 +102,33 @@ def _reader(opened: Opened, options: IngestOptions) -> Reader:
     )
 
 
-def _store(reader: Reader, opened: Opened, writer: DatasetWriter, progress: Progress | None) -> None:
+def _store(reader: Reader, opened: Opened, writer: DatasetWriter, progress: Progress | None) -> dict[str, Any]:
+    """Write all chunks; returns `span` (first and last time, number of records) and `cpus`."""
     source = Path(opened.name).name if opened.name != "-" else "stdin"
+    starts: list[int] = []
+    ends: list[int] = []
+    cpus: set[int] = set()
+    rows = 0
     for chunk in reader.chunks():
         for table_name, table in chunk.tables.items():
+            if not table.num_rows:
+                continue
             writer.append(table_name, table)
+            rows += table.num_rows
+            starts.append(table["t_ns"][0].as_py())
+            ends.append(table["t_ns"][-1].as_py())
+            cpus.update(c for c in pc.unique(table["cpu"]).to_pylist() if c is not None)
+        starts, ends = [min(starts, default=0)], [max(ends, default=0)]
         for gap in chunk.gaps:
             writer.add_gap(gap, source, _ns(reader, gap.t0), _ns(reader, gap.t1))
         for note in chunk.notes:
             writer.add_note(note, source)
         if progress:
             progress("reading", chunk.position, opened.size)
+    return {
+        "span": {"t0_ns": starts[0] if starts else 0, "t1_ns": ends[0] if ends else 0, "records": rows},
+        "cpus": sorted(cpus),
+    }
 
 
 def _ns(reader: Reader, stamp: int | None) -> int | None:
@@ -184,5 +202,4 @@ def _manifest(reader: Reader, opened: Opened, options: IngestOptions) -> dict[st
         },
         "bytes": {"total": account.total, "parsed": account.parsed, "skipped": account.skipped},
         "counts": dict(sorted(reader.counts.items())),
-        "span": {"records": sum(reader.counts.values())},
     }

@@ -56,7 +56,7 @@ def survey(records: Records) -> Survey:
     if "TRC_HVM_INTR_WINDOW" in tables:
         sources = (
             records.scan("TRC_HVM_INTR_WINDOW")
-            .filter(pl.col("source_kind") == SOURCE_VECTOR)
+            .filter(pl.col("intr_source") == SOURCE_VECTOR)
             .select(pl.col("vector").unique())
             .collect()
         )
@@ -130,7 +130,7 @@ class Binder:
 
     def _who(self, frame: pl.DataFrame, switches: pl.DataFrame) -> pl.DataFrame:
         """Add dom and vcpu; records of which nobody is known are dropped, they belong to no LAPIC."""
-        joined = frame.sort("seq").join_asof(switches, on="seq", by="cpu", strategy="backward")
+        joined = frame.sort("seq").join_asof(switches, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         return joined.filter(pl.col("dom").is_not_null() & (pl.col("dom") < 0x7FF0))
 
     def _created(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
@@ -159,12 +159,12 @@ class Binder:
         acks = pl.concat([self.acknowledged, acks.select("seq", "cpu")]).sort("seq")
         self.acknowledged = acks.group_by("cpu", maintain_order=True).last().select("seq", "cpu").sort("seq")
         frame = frame.sort("seq").join_asof(
-            acks.with_columns(ack=pl.col("seq")), on="seq", by="cpu", strategy="backward"
+            acks.with_columns(ack=pl.col("seq")), on="seq", by="cpu", strategy="backward", check_sortedness=False
         )
         if entries is None:
             return frame.filter(pl.col("ack").is_null())
         entries = entries.select("seq", "cpu", entry=pl.col("seq")).sort("seq")
-        frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward")
+        frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         from_pic = pl.col("ack").is_not_null() & (pl.col("entry").is_null() | (pl.col("ack") > pl.col("entry")))
         return frame.filter(~from_pic).drop("ack", "entry")
 

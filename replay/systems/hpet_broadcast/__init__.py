@@ -12,6 +12,7 @@ from replay.systems.hpet_broadcast.codes import CODES, PARAMETERS
 from replay.systems.hpet_broadcast.machine import HpetBroadcast
 from replay.systems.hpet_broadcast.mwait import MwaitHandshake
 from replay.systems.hpet_broadcast.policies import Current, Proposed, ProposedKeep, Upstream2025
+from replay.systems.hpet_broadcast.recorded import RecordedBroadcast
 
 __all__ = ["SYSTEM"]
 
@@ -19,6 +20,8 @@ __all__ = ["SYSTEM"]
 def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
     if sub == "mwait":
         return MwaitHandshake(policy, config, sink)
+    if not sink.closed:
+        return RecordedBroadcast(config, sink)
     return HpetBroadcast(policy, config, sink)
 
 

@@ -122,7 +122,7 @@ SPURIOUS_IRQ: Final = Code(
     "A channel fired that nobody owns or relies on.",
     "The channel was released with its comparator still armed.",
     "the first interrupt after boot; release and fire closer together than the clocks can tell",
-    needs=(*_HANDLER, "hpet.program"),
+    needs=(*_HANDLER, "hpet.program|idle.exit"),
 )
 RETARGET: Final = Code(
     "hpet-retarget",
@@ -233,5 +233,6 @@ PARAMETERS: Final = (
     Parameter("mwait", "", "", "mwait hand-shake: separate-flag, cmpxchg or ipi (empty: the policy's own)"),
     Parameter("inflight_ns", 500, "ns", "a message this close after a retarget was already in flight"),
     Parameter("exit_latency_ns", 200_000, "ns", "recordings: C-state exit latency that is not counted as late"),
-    Parameter("deadline_err_ns", 1_000_000, "ns", "recordings: uncertainty of a deadline taken from the idle governor"),
+    Parameter("exit_path_ns", 100_000, "ns", "recordings: a CPU may own a channel this long around its sleep"),
+    Parameter("remote_wake_ns", 200_000, "ns", "recordings: a handler wakes other CPUs within this"),
 )
