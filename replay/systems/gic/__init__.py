@@ -27,6 +27,6 @@ SYSTEM = System(
     policies={"any": Hardware},
     roles={"current": "any", "proposed": "any"},
     make=_make,
-    kinds=tuple(k.name for k in KINDS if k.sys in ("gic", "trace")),
+    kinds=tuple(k.name for k in KINDS if k.sys in ("gic", "sched", "trace")),
     recorded="any",
 )

@@ -22,6 +22,7 @@ ACK: Final = KIND_ID["gic.ack"]
 EOI: Final = KIND_ID["gic.eoi"]
 DIR: Final = KIND_ID["gic.dir"]
 CPU_IF: Final = KIND_ID["gic.cpu_if"]
+RUN: Final = KIND_ID["sched.run"]
 LOST: Final = KIND_ID["trace.lost"]
 
 CTLR: Final = 0  # GICC_CTLR
@@ -29,7 +30,7 @@ CTLR_EOIMODE: Final = 1 << 9
 FIRST_SPECIAL: Final = 1020  # 1020-1023 are no interrupts
 MAX_CPUS: Final = 1 << 16
 
-# Time-outs: a = unit, b = INTID, c = serial
+# Time-outs: a = unit. One entry watches the oldest; when it is due the next oldest is watched.
 LEAK: Final = 1
 NO_DIR: Final = 2
 
@@ -37,21 +38,24 @@ NO_DIR: Final = 2
 class InService:
     """An interrupt between IAR and EOIR."""
 
-    __slots__ = ("irq", "priority", "seq", "serial", "since")
+    __slots__ = ("irq", "priority", "seq", "since", "told")
 
-    def __init__(self, irq: int, priority: int, since: int, seq: int, serial: int) -> None:
+    def __init__(self, irq: int, priority: int, since: int, seq: int) -> None:
         self.irq: int = irq
         self.priority: int = priority  # NIL: not recorded
         self.since: int = since
         self.seq: int = seq
-        self.serial: int = serial
+        self.told: bool = False  # reported as a leak
 
 
 class Interface:
     """One CPU interface. Below the known stack there may be interrupts that were active before the recording:
     `bottom_known` says there are none; `settled` are those that cannot be among them."""
 
-    __slots__ = ("bottom_known", "by_dir", "cpu", "dropped", "eoimode", "id", "settled", "stack", "virtual")
+    __slots__ = (
+        "bottom_known", "by_dir", "cpu", "dropped", "eoimode", "id", "settled", "stack", "virtual", "watch_dir",
+        "watch_eoi",
+    )  # fmt: skip
 
     def __init__(self, index: int, cpu: int, virtual: bool, *, known: bool) -> None:
         self.id: int = index
@@ -62,10 +66,12 @@ class Interface:
         self.settled: set[int] = set()
         self.eoimode: int = 0 if known else UNKNOWN
         self.by_dir: set[int] = set()  # interrupts that DIR has deactivated here
-        self.dropped: dict[int, tuple[int, int]] = {}  # EOIR seen, DIR not: INTID to (time, serial)
+        self.dropped: dict[int, int] = {}  # EOIR seen, DIR not: INTID to time, oldest first
+        self.watch_eoi: bool = False
+        self.watch_dir: bool = False
 
     def forget(self) -> None:
-        """U2: records of this cpu are lost."""
+        """U2: what happened here meanwhile is not known."""
         self.stack.clear()
         self.bottom_known = False
         self.settled.clear()
@@ -76,14 +82,14 @@ class Interface:
 class GicMachine(Machine):
     """Checks IAR, EOIR and DIR of every core against the rules of the architecture."""
 
-    columns: ClassVar[tuple[str, ...]] = ("kind", "t_ns", "cpu", "obj", "val", "flags", "seq")
+    columns: ClassVar[tuple[str, ...]] = ("kind", "t_ns", "cpu", "dom", "vcpu", "obj", "val", "flags", "seq")
 
     def __init__(self, config: Config, sink: Sink) -> None:
         super().__init__(sink)
         self.active_ns: int = config.integer("active_ns")
         self.dir_ns: int = config.integer("dir_ns")
         self.seq: int = NONE
-        self.serial: int = 0
+        self.running: dict[int, tuple[int, int]] = {}  # core to (dom, vcpu)
         self.lost: bool = False
         self.units: list[Interface] = []
         self.unit_of: dict[int, Interface] = {}
@@ -105,12 +111,16 @@ class GicMachine(Machine):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """Feed canonical events; kinds of other systems are skipped."""
-        for kind, t, cpu, obj, val, flags, seq in rows:
+        for kind, t, cpu, dom, vcpu, obj, val, flags, seq in rows:
             self.advance(t)
             self.seq = seq
             if kind == LOST:
                 self.taint(cpu, val, t)
-            elif not 0 <= cpu < MAX_CPUS or not 0 <= obj:
+            elif not 0 <= cpu < MAX_CPUS:
+                continue
+            elif kind == RUN:
+                self.switch(cpu, (dom, vcpu))
+            elif obj < 0:
                 continue
             elif kind == ACK:
                 self.acknowledge(self.unit(cpu, flags), obj & 0x3FF, val)
@@ -120,6 +130,12 @@ class GicMachine(Machine):
                 self.deactivate(self.unit(cpu, flags), obj & 0x3FF)
             elif kind == CPU_IF and obj == CTLR and val != NIL:
                 self.unit(cpu, flags).eoimode = 1 if val & CTLR_EOIMODE else 0
+
+    def switch(self, cpu: int, guest: tuple[int, int]) -> None:
+        """Another vcpu brings its own list registers and active priorities."""
+        if self.running.get(cpu) != guest:
+            self.running[cpu] = guest
+            self.unit(cpu, 1).forget()
 
     def acknowledge(self, unit: Interface, irq: int, priority: int) -> None:
         """GICC_IAR. An interrupt that is taken was not active, so nothing older of it is in service here."""
@@ -134,10 +150,11 @@ class GicMachine(Machine):
             running = unit.stack[-1]
             if running.priority != NIL and priority >= running.priority:
                 self.monitor.inversion(unit, irq, priority, running)
-        self.serial += 1
-        unit.stack.append(InService(irq, priority, self.now, self.seq, self.serial))
+        unit.stack.append(InService(irq, priority, self.now, self.seq))
         self.max_depth = max(self.max_depth, len(unit.stack))
-        self.agenda.at(self.now + self.active_ns, SOFTWARE, LEAK, unit.id, irq, self.serial)
+        if not unit.watch_eoi:
+            unit.watch_eoi = True
+            self.agenda.at(self.now + self.active_ns, SOFTWARE, LEAK, unit.id)
 
     def end_of_interrupt(self, unit: Interface, irq: int) -> None:
         """GICC_EOIR: the order is that of a stack; an older one may lie below what the recording saw."""
@@ -148,18 +165,20 @@ class GicMachine(Machine):
         at = len(stack) - 1
         while at >= 0 and stack[at].irq != irq:
             at -= 1
-        if at < 0 and (unit.bottom_known or irq in unit.settled):
+        if at >= 0:
+            if at < len(stack) - 1:
+                self.monitor.order(unit, irq, stack[-1])
+            del stack[at]
+        elif unit.bottom_known or irq in unit.settled:
             self.monitor.unmatched(unit, irq)
             return
-        if at < len(stack) - 1:
-            self.monitor.order(unit, irq, stack[-1])
-        if at >= 0:
-            del stack[at]
         unit.settled.add(irq)
-        if unit.eoimode == 1:
-            self.serial += 1
-            unit.dropped[irq] = (self.now, self.serial)
-            self.agenda.at(self.now + self.dir_ns, SOFTWARE, NO_DIR, unit.id, irq, self.serial)
+        if unit.eoimode == 1 and irq in unit.by_dir:
+            unit.dropped.pop(irq, None)
+            unit.dropped[irq] = self.now
+            if not unit.watch_dir:
+                unit.watch_dir = True
+                self.agenda.at(self.now + self.dir_ns, SOFTWARE, NO_DIR, unit.id)
 
     def deactivate(self, unit: Interface, irq: int) -> None:
         """GICC_DIR."""
@@ -167,17 +186,36 @@ class GicMachine(Machine):
         unit.dropped.pop(irq, None)
 
     def fire(self, action: int, a: int, b: int, c: int) -> None:
-        """A time-out, unless what it waits for has happened."""
+        """A time-out: report what is old enough, watch the next oldest."""
         self.seq = NONE
-        unit = self.units[a]
         if action == LEAK:
-            for entry in unit.stack:
-                if entry.serial == c:
-                    self.monitor.leak(unit, entry)
+            self.watch_stack(self.units[a])
         else:
-            since, serial = unit.dropped.get(b, (NIL, NONE))
-            if serial == c and b in unit.by_dir:
-                self.monitor.dir_missing(unit, b, since)
+            self.watch_dropped(self.units[a])
+
+    def watch_stack(self, unit: Interface) -> None:
+        """Acknowledged, no EOIR. The stack is in the order of time."""
+        unit.watch_eoi = False
+        for entry in unit.stack:
+            if entry.told:
+                continue
+            if self.now - entry.since < self.active_ns:
+                unit.watch_eoi = True
+                self.agenda.at(entry.since + self.active_ns, SOFTWARE, LEAK, unit.id)
+                return
+            entry.told = True
+            self.monitor.leak(unit, entry)
+
+    def watch_dropped(self, unit: Interface) -> None:
+        """EOIR, no DIR; only for interrupts that DIR deactivates, not a guest's EOI."""
+        unit.watch_dir = False
+        for irq, since in list(unit.dropped.items()):
+            if self.now - since < self.dir_ns:
+                unit.watch_dir = True
+                self.agenda.at(since + self.dir_ns, SOFTWARE, NO_DIR, unit.id)
+                return
+            del unit.dropped[irq]
+            self.monitor.dir_missing(unit, irq, since)
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         self.lost = True

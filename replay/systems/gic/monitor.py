@@ -17,7 +17,7 @@ from replay.systems.gic.codes import (
 )
 
 if TYPE_CHECKING:
-    from replay.systems.gic.machine import GicMachine, Interface, InService
+    from replay.systems.gic.machine import GicMachine, InService, Interface
 
 __all__ = ["Monitor"]
 

@@ -26,16 +26,20 @@ from replay.systems.vgic.base import (
     ACK,
     AFFINITY,
     DEACTIVATE,
+    DISABLE,
+    ENABLE,
     EOI,
     GUEST_ACK,
     GUEST_EOI,
     HYP_ENTRY,
     INJECT,
+    ITARGETS,
     KICK,
     LR_CLEAR,
     LR_WRITE,
     MAINT,
     MAX_VCPUS,
+    PHYS_IRQ,
     SGI,
     VgicBase,
 )
@@ -56,8 +60,8 @@ _PHYSICAL: Final = 0x3FF << LR_PHYSICAL_SHIFT
 
 
 class VgicMachine(VgicBase):
-    """Closed runs: the policy decides. `effects`, when set to a list, receives every predicted event as
-    (kind, t, cpu, vcpu, obj, tgt, val)."""
+    """Closed runs: the policy decides. `effects`, when set to a list, receives every stimulus and every predicted
+    event, in order, as (kind, t, cpu, vcpu, obj, tgt, val)."""
 
     def __init__(self, policy: Policy, config: Config, sink: Sink) -> None:
         super().__init__(config, sink)
@@ -80,7 +84,7 @@ class VgicMachine(VgicBase):
         return number if dom <= 0 else NONE
 
     def emit(self, kind: int, cpu: int, vcpu: int, obj: int, tgt: int = NONE, val: int = NIL) -> None:
-        """Record a predicted event."""
+        """Record an event; vcpus are indices."""
         if self.effects is not None:
             self.effects.append((kind, self.now, cpu, vcpu, obj, tgt, val))
 
@@ -318,6 +322,7 @@ class VgicMachine(VgicBase):
 
     def phys_irq(self, q: Irq) -> None:
         """G6: an edge while active is latched once; more coalesce."""
+        self.emit(PHYS_IRQ, NONE, NONE, q.obj)
         self.monitor.edges += 1
         if not q.p_active:
             self.arrive(q)
@@ -356,6 +361,7 @@ class VgicMachine(VgicBase):
         """A write is an entry of the writer; writing what is there already does nothing."""
         self.monitor.itargets_writes += 1
         outer = self.enter(writer)
+        self.emit(ITARGETS, self.pcpu(), writer, q.obj, new)
         if new != q.target:
             self.policy.on_itargets(self, q, writer, new)
         self.leave(writer, outer)
@@ -363,6 +369,7 @@ class VgicMachine(VgicBase):
 
     def enable(self, q: Irq, v: int) -> None:
         """vgic_enable_irqs: what waits inflight without a list register is raised. No kick, as in Xen."""
+        self.emit(ENABLE, NONE, v, q.obj)
         q.enabled = 1
         if q.inflight_on != NO_LR and q.lr == NO_LR and q.lr_pending_on == NO_LR:
             outer = self.here
@@ -373,6 +380,7 @@ class VgicMachine(VgicBase):
 
     def disable(self, q: Irq) -> None:
         """vgic_disable_irqs: off lr_pending; what is in a list register stays."""
+        self.emit(DISABLE, NONE, NONE, q.obj)
         q.enabled = 0
         self.leave_lr_pending(q)
         self.monitor.check(q)
