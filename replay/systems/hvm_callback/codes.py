@@ -161,6 +161,7 @@ PARAMETERS: Final = (
     Parameter("late_assert_ns", 100_000, "ns", "flag set to line high: late"),
     Parameter("late_assert_error_ns", 10_000_000, "ns", "flag set to line high: error"),
     Parameter("late_delivery_ns", 1_000_000, "ns", "line high to injection: late"),
+    Parameter("clock_slack_ns", 100_000, "ns", "how far the guest's clock may run ahead of the recorder's"),
     Parameter("lost_ns", 1_000_000, "ns", "nothing under way for this long: lost"),
     Parameter("remote_irr_ns", 1_000_000, "ns", "Remote IRR without a vector in flight for this long: stuck"),
     Parameter("restore_grace_ns", 10_000_000, "ns", "silence after via.set_param, which a restore repeats"),

@@ -301,8 +301,8 @@ class CallbackMachine(Machine):
             d.vector = vector
         if u.injected_t != NIL and not u.begun:
             u.begun = True
-        elif u.injected_t == NIL and d.injections < d.handlers:
-            u.handlers_ahead = min(u.handlers_ahead + 1, 1)
+        elif d.handlers > d.injections:
+            u.ahead_t = self.now
 
     def recorded_set(self, d: Domain, v: int) -> None:
         """via.upcall_set: the flag went from 0 to 1 here, whatever was known of it."""

@@ -50,6 +50,7 @@ class CallbackMonitor:
         self.stale_error_ns = config.integer("stale_error_ns")
         self.late_assert_ns = config.integer("late_assert_ns")
         self.late_assert_error_ns = config.integer("late_assert_error_ns")
+        self.clock_slack_ns = config.integer("clock_slack_ns")
         self.late_delivery_ns = config.integer("late_delivery_ns")
 
     # -- transitions of the flag and the line ------------------------------------------------------------------
@@ -143,13 +144,10 @@ class CallbackMonitor:
         u.sets_at_injection = d.sets
         u.after_eoi = u.entries_since_eoi == 0 or (u.entries_since_eoi == 1 and u.last_entry_t == t)
         u.begun = False
-        if u.handlers_ahead:
+        if u.ahead_t != NIL and t - u.ahead_t <= self.clock_slack_ns and d.flag == UNKNOWN:
             # The guest's clock runs a little ahead: this handler was seen before its injection (0.1).
-            u.handlers_ahead -= 1
-            u.begun = True
-            u.after_eoi = False
-            if d.flag == UNKNOWN:
-                u.forget_injection()
+            u.forget_injection()
+        u.ahead_t = NIL
         if d.flag == 1:
             self.useful(d, t)
         elif d.flag == 0 and others == 0:
@@ -340,13 +338,13 @@ class CallbackMonitor:
         self.end_storm(d, t)
         if self.closed:
             return
-        for u in d.vcpus.values():
-            if u.injected_t != NIL and u.flag_at_injection == 0:
-                self.verdict(d, u, UNKNOWN)
+        for vcpu in d.vcpus.values():
+            if vcpu.injected_t != NIL and vcpu.flag_at_injection == 0:
+                self.verdict(d, vcpu, UNKNOWN)
         if self.sees_lines:
             self._assert_overdue(d, t)
         if d.line_t != NIL and not d.line_excused and self.sees_windows and d.via_asserted == 1:
             targets = d.targets(d.ioapic.pin(d.via_gsi))
-            u0 = d.vcpus.get(targets[0]) if targets else None
-            if u0 is not None and u0.ready_since != NIL and t - max(d.line_t, u0.ready_since) > self.late_delivery_ns:
-                self._late_delivery(d, u0.number, t, d.line_t, NONE)
+            u = d.vcpu(targets[0]) if targets else None
+            if u is not None and u.ready_since != NIL and t - max(d.line_t, u.ready_since) > self.late_delivery_ns:
+                self._late_delivery(d, u.number, t, d.line_t, NONE)

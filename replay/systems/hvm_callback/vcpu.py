@@ -13,11 +13,11 @@ class Vcpu:
     """A vCPU: its virtual LAPIC, whether it runs, and what is remembered of its last callback injection.
 
     `injected_t` is NIL when no injection awaits its verdict. `ready_since` is the time from which it was running or
-    runnable without a break (NIL: it is not, or that is unknown).
+    runnable without a break (NIL: it is not, or that is unknown); `ahead_t` that of a handler seen before its injection.
     """
 
     __slots__ = (
-        "after_eoi", "begun", "entries_since_eoi", "flag_at_injection", "handlers_ahead", "injected_conf",
+        "after_eoi", "ahead_t", "begun", "entries_since_eoi", "flag_at_injection", "injected_conf",
         "injected_seq", "injected_t", "lapic", "last_entry_t", "number", "offline", "others_at_injection",
         "reads_at_injection", "ready_since", "running", "sets_at_injection", "work",
     )  # fmt: skip
@@ -30,7 +30,7 @@ class Vcpu:
         self.offline = 0 if known else UNKNOWN
         self.entries_since_eoi = 1
         self.last_entry_t = NIL
-        self.handlers_ahead = 0
+        self.ahead_t = NIL
         self.work = 0
         self.forget_injection()
 
@@ -54,5 +54,5 @@ class Vcpu:
         self.offline = UNKNOWN
         self.entries_since_eoi = 1
         self.last_entry_t = NIL
-        self.handlers_ahead = 0
+        self.ahead_t = NIL
         self.forget_injection()
