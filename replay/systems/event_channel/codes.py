@@ -6,7 +6,31 @@ from typing import Final
 
 from replay.declare import Code, Parameter
 
-__all__ = ["CODES", "PARAMETERS"]
+__all__ = [
+    "BINDING_MISMATCH",
+    "CODES",
+    "DELIVERY_DELAY",
+    "FIFO_BUSY_STUCK",
+    "FIFO_LINKED_UNREACHABLE",
+    "FIFO_LOST_QUEUE_CHANGE",
+    "FIFO_NO_CONTROL_BLOCK",
+    "FIFO_OLD_QUEUE",
+    "FIFO_PENDING_UNLINKED",
+    "FIFO_PRIORITY_INVERSION",
+    "FIFO_QUEUE_CYCLE",
+    "FIFO_READY_LOST",
+    "HYPERCALL_NOOP",
+    "LOST_WAKEUP_BLOCK",
+    "MASKED_PENDING_LONG",
+    "PARAMETERS",
+    "PIGGYBACK",
+    "PORT_RANGE",
+    "SELECTOR_WITHOUT_UPCALL",
+    "SELECTOR_WRONG_VCPU",
+    "STRANDED",
+    "UPCALL_NO_WORK",
+    "UPCALL_WITHOUT_SELECTOR",
+]
 
 _SEND = "evtchn.send|evtchn.notify|evtchn.snapshot"
 _BIND = "evtchn.bind|guest.bind_cpu|evtchn.rebind|evtchn.snapshot"
