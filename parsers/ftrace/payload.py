@@ -1,0 +1,267 @@
+"""Payload strings of one event to typed columns: declared shapes first, then probes and `key=value`, else as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from parsers.ftrace.arrays import Array, bits, plain
+from parsers.ftrace.columns import FTRACE_COMMON
+from parsers.ftrace.shapes import Part, Shape, declared, event_table, raw_shape
+from parsers.tables import Column, Table
+
+__all__ = ["TEXT", "Payloads"]
+
+#: Events whose payload has no known grammar, and lines of text that belong to the event before.
+TEXT = Table(
+    "ftrace_text",
+    "events whose payload is kept as text",
+    (
+        *FTRACE_COMMON,
+        Column("event", pa.dictionary(pa.int32(), pa.string()), "its name; '(continued)': a line of the marker before"),
+        Column("payload", pa.string(), "as printed, bytes escaped"),
+    ),
+)
+
+#: How many event tables text may create by names and keys that nothing declares.
+MAX_TABLES = 2048
+MAX_KEYS = 64
+PROBE = {"__probe_ip": pa.uint64(), "__probe_ip_sym": pa.string()}
+RETURN = {
+    "__probe_func": pa.uint64(),
+    "__probe_ret_ip": pa.uint64(),
+    "__probe_func_sym": pa.string(),
+    "__probe_ret_ip_sym": pa.string(),
+}
+Built = tuple[Array, dict[str, pa.Array]]
+
+
+def _numbers(values: pl.Series, base16: bool) -> tuple[Array, Array]:
+    """(u64 bit patterns, which rows are numbers)."""
+    if base16:
+        parsed = values.str.to_integer(base=16, dtype=pl.UInt64, strict=False)
+        return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
+    signed = values.cast(pl.Int64, strict=False)
+    result, known = signed.fill_null(0).to_numpy().view(np.uint64), signed.is_not_null().to_numpy()
+    if not known.all():
+        large = values.cast(pl.UInt64, strict=False)
+        result = np.where(known, result, large.fill_null(0).to_numpy())
+        known = known | large.is_not_null().to_numpy()
+    return result, known
+
+
+def _fit(values: Array, valid: Array, kind: pa.DataType) -> pa.Array:
+    """u64 bit patterns as `kind`, wrapped to its width as the kernel's field would hold them."""
+    if kind == pa.bool_():
+        return bits(values != 0, valid)
+    width = kind.bit_width // 8
+    return plain(kind, values.astype(f"u{width}"), valid)
+
+
+def _each(values: pl.Series, function: Callable[[str], int | None]) -> tuple[Array, Array]:
+    """`function` of each different value, spread over the rows: (u64 bit patterns, which are known)."""
+    coded = values.to_arrow().dictionary_encode()
+    answers = [function(str(word)) for word in coded.dictionary.to_pylist()]
+    index = coded.indices.to_numpy(zero_copy_only=False)
+    numbers = np.array([(answer or 0) & (1 << 64) - 1 for answer in answers] or [0], dtype=np.uint64)
+    known = np.array([answer is not None for answer in answers] or [False], dtype=bool)
+    return numbers[index], known[index]
+
+
+def _word_value(part: Part) -> Callable[[str], int | None]:
+    def value(word: str) -> int | None:
+        if word in part.words or not part.flags:
+            return part.words.get(word)
+        total = 0
+        for name in filter(None, re.split(r"\||(?=\+)", word)):
+            if name not in part.words:
+                return None
+            total |= part.words[name]
+        return total
+
+    return value
+
+
+def _bitmask(values: pl.Series) -> pa.Array:
+    """`00000000,00000003` (32-bit words, highest first) as a list of 64-bit words, lowest first."""
+
+    def words(text: str) -> list[int]:
+        number, size = int(text.replace(",", "") or "0", 16), (len(text.split(",")) + 1) // 2
+        return [number >> 64 * i & (1 << 64) - 1 for i in range(size)]
+
+    coded = values.to_arrow().dictionary_encode()
+    lists = pa.array([words(str(text)) for text in coded.dictionary.to_pylist()], pa.list_(pa.uint64()))
+    return lists.take(coded.indices)
+
+
+def _text(values: pl.Series) -> pa.Array:
+    return values.to_arrow().cast(pa.string())
+
+
+def _convert(part: Part, values: pl.Series, types: dict[str, pa.DataType]) -> tuple[dict[str, pa.Array], Array | None]:
+    """Columns from one captured group; the mask says which rows really fit (None: all)."""
+    name, kind, symbol = part.column, types.get(part.column), f"{part.column}_sym"
+    if part.how == "string":
+        if kind == pa.string():
+            return {name: _text(values)}, None
+        return {symbol: _text(values)} if symbol in types else {}, None
+    if part.how == "words":
+        found = {symbol: _text(values)}
+        if part.words and kind is not None and kind != pa.string():
+            numbers, known = _each(values, _word_value(part))
+            found[name] = _fit(numbers, known, kind)
+        return found, None
+    if part.how == "bitmask":
+        return ({name: _bitmask(values)} if kind is not None and pa.types.is_list(kind) else {}), None
+    if kind is None or kind == pa.string() or pa.types.is_list(kind):
+        return {name: _text(values)} if kind == pa.string() else {}, None
+    if part.how in ("number", "hex"):
+        numbers, known = _numbers(values, part.how == "hex")
+        return {name: _fit(numbers, known, kind)}, None
+    # a number or the name of an address
+    prefixed = values.str.starts_with("0x")
+    if prefixed.all():
+        numbers, known = _numbers(values.str.strip_prefix("0x"), True)
+    else:
+        numbers, known = _numbers(values, name.startswith("__probe_"))
+        if prefixed.any():
+            other, valid = _numbers(values.str.strip_prefix("0x"), True)
+            use = prefixed.to_numpy()
+            numbers, known = np.where(use, other, numbers), np.where(use, valid, known)
+    found = {name: _fit(numbers, known, kind)}
+    if known.all():
+        return found, None
+    if symbol not in types:
+        return found, known | (values == "(fault)").to_numpy()
+    names = pl.Series(values).set(pl.Series(known), None)
+    found[symbol] = _text(names.str.replace(r"/0x0$", ""))
+    return found, None
+
+
+def apply_shape(shape: Shape, payload: pl.Series, types: dict[str, pa.DataType]) -> Built:
+    """(row numbers that match, their columns)."""
+    if not shape.parts:
+        return np.flatnonzero(payload.str.contains(shape.pattern).to_numpy()), {}
+    groups = payload.str.extract_groups(shape.pattern).struct.unnest()
+    first = groups.to_series(0).is_not_null()
+    rows = np.arange(len(payload))
+    if not first.all():
+        rows = np.flatnonzero(first.to_numpy())
+        groups = groups.filter(first)
+    columns: dict[str, pa.Array] = {}
+    good = np.ones(len(rows), dtype=bool)
+    if not len(rows):
+        return rows, columns
+    for number, part in enumerate(shape.parts):
+        found, fits = _convert(part, groups.to_series(number), types)
+        for name, values in found.items():
+            columns.setdefault(name, values)
+        if fits is not None:
+            good &= fits
+    if not good.all():
+        keep = pa.array(good)
+        columns = {name: values.filter(keep) for name, values in columns.items()}
+        rows = rows[good]
+    return rows, columns
+
+
+def _infer(values: list[str]) -> pa.DataType:
+    """Type of an undeclared argument from its first values."""
+    known = [value for value in values if value != "(fault)"]
+    if known and all(re.fullmatch(r"-?\d{1,18}", value) for value in known):
+        return pa.int64()
+    if known and all(re.fullmatch(r"0x[0-9a-f]{1,16}|\d{1,20}", value) for value in known):
+        return pa.uint64()
+    return pa.string()
+
+
+class Payloads:
+    """Decodes payloads event by event and remembers which undeclared events got which columns."""
+
+    def __init__(self, tables: dict[str, Table]) -> None:
+        self.tables = tables
+        tables[TEXT.name] = TEXT
+        self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
+        self._plain: set[str] = set()
+
+    def decode(self, name: str, payload: pl.Series) -> tuple[list[Built], Array]:
+        """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text."""
+        known = declared().get(name)
+        parts: list[Built] = []
+        rest = np.arange(len(payload))
+        if known is not None:
+            if name not in self.tables:
+                self.tables[name] = event_table(name, f"{known.system}:{name}, from its text", known.types)
+            for shape in known.shapes:
+                rest = self._try(shape, known.types, payload, rest, parts)
+            if rest.size:
+                raw = raw_shape(str(payload[int(rest[0])])[:4096], known.types)
+                if raw is not None:
+                    rest = self._try(raw, known.types, payload, rest, parts)
+            return parts, rest
+        if name in self._plain:
+            return parts, rest
+        if name not in self._dynamic:
+            guess = self._guess(payload) if len(self._dynamic) < MAX_TABLES else None
+            if guess is None:
+                if len(self._plain) < MAX_TABLES:
+                    self._plain.add(name)
+                return parts, rest
+            self._dynamic[name] = guess
+            self.tables[name] = event_table(name, f"{name}: columns from the text's own keys", guess[0])
+        types, shape = self._dynamic[name]
+        return parts, self._try(shape, types, payload, rest, parts)
+
+    def types(self, name: str) -> dict[str, pa.DataType]:
+        """Field types of a table made here."""
+        known = declared().get(name)
+        return known.types if known is not None else self._dynamic[name][0]
+
+    @staticmethod
+    def _try(
+        shape: Shape, types: dict[str, pa.DataType], payload: pl.Series, rest: Array, parts: list[Built]
+    ) -> Array:
+        if not rest.size:
+            return rest
+        rows, columns = apply_shape(shape, payload if rest.size == len(payload) else payload[rest], types)
+        if rows.size:
+            parts.append((rest[rows], columns))
+            rest = np.delete(rest, rows)
+        return rest
+
+    @staticmethod
+    def _guess(payload: pl.Series) -> tuple[dict[str, pa.DataType], Shape] | None:
+        """Columns and pattern of a probe (`(symbol+0x0/0x10) a=1`) or of `a=1 b=2`, from the first rows."""
+        first = str(payload[0])[:4096]
+        head = re.match(r"\(([^()]*)\)(?= \w+=|\s*$)", first)
+        keys = re.findall(r"(?:^| )(\w+)=", first[head.end() :] if head else first)
+        if len(keys) > MAX_KEYS or len(set(keys)) != len(keys) or (head is None and not re.match(r"\w+=", first)):
+            return None
+        types: dict[str, pa.DataType] = {}
+        fixed: tuple[Part, ...] = ()
+        pattern = "^"
+        if head:
+            if " <- " in head[1]:
+                pattern += r"\((\S+) <- ([^()\s]+)\)"
+                fixed = (Part("__probe_ret_ip", "symbol"), Part("__probe_func", "symbol"))
+                types.update(RETURN)
+            else:
+                pattern += r"\(([^()]*)\)"
+                fixed = (Part("__probe_ip", "symbol"),)
+                types.update(PROBE)
+        joined = " ".join(f"{key}=(.*?)" for key in keys)
+        pattern += (" " if head and keys else "") + joined + " *$"
+        sample = payload.head(200).str.extract_groups(pattern).struct.unnest()
+        for number, key in enumerate(keys, start=len(fixed)):
+            values = [str(value) for value in sample.to_series(number).drop_nulls().to_list()]
+            types[key] = pa.uint64() if key.startswith("__probe_") else _infer(values)
+        parts = fixed + tuple(
+            Part(key, "string" if types[key] == pa.string() else "symbol") for key in keys
+        )
+        return types, Shape(pattern, parts)
+
+

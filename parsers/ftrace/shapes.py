@@ -1,0 +1,213 @@
+"""What the kernel prints for each event: declarations (events.csv) compiled to regular expressions and columns.
+
+A shape is literal text with `{FIELD FORMAT}` parts. FORMAT is a printf specifier, `as sym<…>` or `as flags<…>`
+(names for numbers), `as bitmask`, or `-> one of 'a'/'b'` (a word in place of a number). A field printed as a word
+has a second column `FIELD_sym` with that word; FIELD itself is null where the word does not determine the number.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from parsers.ftrace.columns import FTRACE_COMMON, column_name
+from parsers.tables import Column, Table
+
+__all__ = ["Part", "Shape", "declared", "event_table", "numeric_type", "raw_shape"]
+
+How = Literal["number", "hex", "string", "symbol", "words", "bitmask"]
+POINTER = r" *(?:0x)?([0-9a-f]+|\(null\)|\(____ptrval____\))"
+SPLIT = re.compile(
+    r"\{(expr\([^)]*\)|\w+)((?: as sym<.*?>| as flags<.*?>| as [\w/]+| -> one of .*?)?) (%[^}]*)\}"
+)
+#: Integers that the kernel prints as one of two words: the first word stands for 1.
+TWO_WORDS = frozenset({"rw", "ret", "write"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One captured group: the column it fills and how. `words`: number for each name, if known."""
+
+    column: str
+    how: How
+    words: dict[str, int] = field(default_factory=dict)
+    flags: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One way an event's payload is printed."""
+
+    pattern: str
+    parts: tuple[Part, ...]
+
+
+def numeric_type(size: str) -> pa.DataType | None:
+    """Arrow type for "4s" (signed, 4 bytes), "8" …; None for other sizes."""
+    width, signed = int(size.rstrip("s") or 0), size.endswith("s")
+    if width not in (1, 2, 4, 8):
+        return None
+    return getattr(pa, f"{'' if signed else 'u'}int{8 * width}")()
+
+
+def _types(fields: str) -> dict[str, pa.DataType]:
+    """Column types of a declaration `CTYPE NAME|SIZE[s]; …`."""
+    types: dict[str, pa.DataType] = {}
+    for item in filter(None, fields.split("; ")):
+        declaration, _, size = item.rpartition("|")
+        match = re.fullmatch(r"(.*?)\b(\w+)(\[\w*\])?", declaration)
+        if match is None:
+            continue
+        ctype, name, array = match[1], match[2], match[3]
+        if ctype.startswith(("__data_loc", "__rel_loc")) or array:
+            plain = re.search(r"\bchar\b", ctype) and "unsigned" not in ctype
+            types[name] = pa.string() if plain else pa.list_(pa.uint64())
+        elif ctype.strip() in ("const char *", "char *"):
+            types[name] = pa.uint64()
+        elif "bool" in ctype:
+            types[name] = pa.bool_()
+        else:
+            types[name] = numeric_type(size) or pa.string()
+    return types
+
+
+def _words(text: str) -> dict[str, int]:
+    """`0:HI|1:TIMER` -> {"HI": 0, …}; empty if a number is not spelled out (constants of the kernel's source)."""
+    words: dict[str, int] = {}
+    for item in re.split(r"\|(?=[^|:]*:)", text):
+        value, _, name = item.partition(":")
+        number = re.fullmatch(r"\(?(0x[0-9a-fA-F]+|\d+)\)?", value.strip())
+        if number is None:
+            return {}
+        words[name] = int(number[1], 0)
+    return words
+
+
+def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str, pa.DataType]]:
+    """Pattern and parts of a shape, and the columns that it fills besides the fields."""
+    pattern = ""
+    parts: list[Part] = []
+    extra: dict[str, pa.DataType] = {}
+    position, used = 0, set()
+    shape = shape.strip()
+    for match in SPLIT.finditer(shape):
+        before = shape[position : match.start()]
+        position = match.end()
+        pattern += re.escape(before)
+        field_name, text, spec = match[1], match[2], match[3]
+        if field_name.startswith("expr("):
+            key = re.search(r"(\w+)[= ](?:0x)?$", before)
+            field_name = key[1] if key and key[1] not in types else f"expr_{len(parts) + 1}"
+            extra.setdefault(
+                field_name, pa.int64() if spec[-1] in "du" else pa.uint64() if spec[-1] == "x" else pa.string()
+            )
+        how: How
+        words: dict[str, int] = {}
+        if text.startswith((" as sym<", " as flags<")) or "-> one of" in text:
+            how = "words"
+            if "-> one of" in text:
+                options = re.findall(r"'([^']*)'", text)
+                boolean = types.get(field_name) == pa.bool_() or field_name in TWO_WORDS
+                words = {options[0]: 1, options[1]: 0} if boolean and len(options) == 2 else {}
+                group = "(" + "|".join(re.escape(option) for option in options) + ")" if options else "(.*?)"
+                group = " *" + group if spec != "%s" else group
+            else:
+                inside = re.search(r"<(.*)>", text)
+                words = {} if inside is None or "..." in inside[1] else _words(inside[1])
+                group = "(.*?)"
+            extra.setdefault(f"{field_name}_sym", pa.string())
+        elif " as bitmask" in text:
+            how, group = "bitmask", "([0-9a-f,]+)"
+        elif " as " in text:
+            how, group = "string", "(.*?)"
+            extra.setdefault(f"{field_name}_sym", pa.string())
+        elif re.fullmatch(r"%p[sSfF]", spec):
+            how, group = "symbol", r"(\S*(?: \[\w+\])?)"
+            extra.setdefault(f"{field_name}_sym", pa.string())
+        elif spec[-1] == "p" or spec.endswith("x"):
+            how, group = "hex", POINTER
+        elif spec[-1] in "du":
+            how, group = "number", r" *(-?\d+)"
+        else:
+            how, group = "string", "(.*?)"
+            if types.get(field_name) not in (pa.string(), None):
+                extra.setdefault(f"{field_name}_sym", pa.string())
+        if (field_name, how) in used or (how == "words" and (field_name, "number") in used):
+            words = {}
+        used.add((field_name, how))
+        pattern += group
+        parts.append(Part(field_name, how, words, " as flags<" in text))
+    pattern += re.escape(shape[position:])
+    pattern = re.sub(r"(\\ )+", lambda run: " +" if len(run[0]) > 2 else " ", pattern)
+    return Shape(f"^ *{pattern} *$", tuple(parts)), extra
+
+
+#: Text of trace_marker, trace_printk and their kin: the whole payload is the user's.
+MARKERS: dict[str, tuple[dict[str, pa.DataType], tuple[Shape, ...]]] = {
+    "tracing_mark_write": ({"buf": pa.string()}, (Shape("^(.*)$", (Part("buf", "string"),)),)),
+    "print": (
+        {"ip": pa.uint64(), "buf": pa.string(), "ip_sym": pa.string()},
+        (
+            Shape(r"^ip=(\S+) buf=(.*)$", (Part("ip", "symbol"), Part("buf", "string"))),
+            Shape(r"^(\S+): (.*)$", (Part("ip", "symbol"), Part("buf", "string"))),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """An event with all the ways it is printed and the columns of all of them."""
+
+    name: str
+    system: str
+    types: dict[str, pa.DataType]
+    shapes: tuple[Shape, ...]
+
+
+@lru_cache(maxsize=1)
+def declared() -> dict[str, Declared]:
+    """Every event of events.csv."""
+    events = {name: Declared(name, "ftrace", *marker) for name, marker in MARKERS.items()}
+    with (Path(__file__).parent / "events.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        types = _types(row["fields"])
+        compiled = _compile(row["shape"], types)
+        shape, extra = compiled
+        known = events.get(row["event"])
+        merged = {**(known.types if known else {})}
+        for name, kind in {**types, **extra}.items():
+            merged.setdefault(name, kind)
+        shapes = (*(known.shapes if known else ()), shape)
+        events[row["event"]] = Declared(row["event"], row["system"], merged, shapes)
+    return events
+
+
+def event_table(name: str, doc: str, types: dict[str, pa.DataType]) -> Table:
+    """Record table with ftrace's common columns and then `types`, renamed where a common column has the name."""
+    columns: list[Column] = list(FTRACE_COMMON)
+    for field_name, kind in types.items():
+        columns.append(Column(column_name(field_name), kind, doc if field_name in types else ""))
+    return Table(name, doc, tuple(columns))
+
+
+def raw_shape(payload: str, types: dict[str, pa.DataType]) -> Shape | None:
+    """The shape of a `trace-cmd report -R` payload (`field=value field=value`), if all fields are declared."""
+    keys = re.findall(r"(?:^| )(\w+)=", payload)
+    if not keys or len(keys) > 64 or any(key not in types for key in keys) or len(set(keys)) != len(keys):
+        return None
+    parts = []
+    for key in keys:
+        kind = types[key]
+        if pa.types.is_list(kind):
+            return None
+        how: How = "string" if kind == pa.string() else "symbol"
+        parts.append(Part(key, how))
+    return Shape(r"^(?:\[FAILED TO PARSE\] )?" + " ".join(f"{key}=(.*?)" for key in keys) + " *$", tuple(parts))

@@ -1,0 +1,291 @@
+"""Reader of ftrace text: kernel `trace`, `trace_pipe`, `trace-cmd report` with and without -R, `perf script`."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import BinaryIO, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from parsers.ftrace.arrays import Array
+from parsers.ftrace.batch import Scan, classify
+from parsers.ftrace.build import Builder
+from parsers.ftrace.layouts import LAYOUTS, Fast, Layout, detect
+from parsers.ftrace.notes import NOTES, note
+from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
+from parsers.tables import Table
+
+__all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
+
+BATCH = 8 << 20
+#: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
+LONGEST = 1 << 20
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+def _head_lines(head: bytes) -> list[bytes]:
+    return [line.rstrip(b"\r") for line in head[: 64 << 10].split(b"\n")[:400]]
+
+
+def first_layout(head: bytes) -> tuple[Layout, re.Match[bytes]] | None:
+    """The layout of the first lines that look like events."""
+    lines = _head_lines(head)
+    report = any(re.match(rb"(\w+: +)?cpus=\d+$", line) for line in lines[:4])
+    order = LAYOUTS if not report else (BY_NAME["report"], BY_NAME["latency-report"], *LAYOUTS)
+    for line in lines:
+        if line[:1] == b"#":
+            continue
+        found = detect(line[:400], order)
+        if found is None:
+            continue
+        layout, match = found
+        if layout.name == "kernel" and not match["flags"] and re.match(rb"[\w.]+:  +\S", match["rest"]):
+            # only trace-cmd pads the event's name
+            padded = detect(line[:400], (BY_NAME["report"],))
+            return padded or found
+        return found
+    return None
+
+
+class FtraceTextReader:
+    """Text of the kernel's ftrace files. `offset` is the line number, from 1.
+
+    Times: the kernel cuts to microseconds (t_err_ns 999); trace-cmd rounds (t_err_ns 1000, the origin lies half a
+    microsecond before the first stamp). Integer stamps (x86-tsc, counter …) stay ticks without `cpu_hz`.
+    """
+
+    format: ClassVar[str] = "ftrace"
+    note_codes: ClassVar[tuple[NoteCode, ...]] = NOTES
+    accepts: ClassVar[tuple[str, ...]] = ("kernel", "latency")
+
+    def __init__(self, stream: BinaryIO, options: ReadOptions) -> None:
+        total = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        self._stream, self._options = stream, options
+        self.accounting = Accounting(total=total)
+        head = stream.read(64 << 10)
+        stream.seek(0)
+        found = first_layout(head)
+        if found is None and not self._is_graph(head):
+            raise RecordingError("no line in the first 64 KiB is laid out like ftrace text")
+        self._layout = found[0] if found else BY_NAME["kernel"]
+        rest = tuple(layout for layout in LAYOUTS if layout is not self._layout)
+        self._layouts = (self._layout, *rest) if self._layout.name != "perf" else (self._layout,)
+        self._fast = Fast.learn(*found) if found else None
+        stamp = found[1]["ts"] if found else b"0"
+        self._dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
+        self._gaps: list[Gap] = []
+        self._notes: list[Note] = []
+        self._line, self._position = 1, 0
+        self._last: dict[int, int] = {}
+        self._waiting: dict[int, list[Gap]] = {}
+        self._started: Counter[int] = Counter()
+        self._builder = Builder(options, self._layout)
+        self.tables: dict[str, Table] = self._builder.tables
+        self.counts: dict[str, int] = self._builder.counts
+        self.clock: ClockModel = self._clock(0)
+        self._produced = self._produce()
+        self._ahead = next(self._produced, None)
+
+    @staticmethod
+    def _is_graph(head: bytes) -> bool:
+        return head.startswith(b"# tracer:") or bool(re.search(rb"^ +\d+\) .{0,20}\|  ", head, re.M))
+
+    @classmethod
+    def sniff(cls, head: bytes) -> bool:
+        """Whether lines are laid out as this reader's layouts have them."""
+        if head[:1] == b"<" or b"\0" in head[:512]:
+            return False
+        found = first_layout(head)
+        if found is None:
+            return "kernel" in cls.accepts and cls._is_graph(head)
+        return found[0].name in cls.accepts
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The whole recording, in order of its lines."""
+        ahead, self._ahead = self._ahead, None
+        while ahead is not None:
+            yield ahead
+            ahead = next(self._produced, None)
+
+    def _clock(self, first: int) -> ClockModel:
+        layout, hz = self._layout, self._options.cpu_hz
+        origin = f"{layout.name} text"
+        if layout.micros:
+            return ClockModel("us", 1e6, first, "ns", "latency format: microseconds since the start of the buffer")
+        if self._dot:
+            doc = "stamps are rounded" if layout.rounds and self._dot == 6 else "stamps are cut off"
+            return ClockModel("us" if self._dot == 6 else "ns", 10.0**self._dot, first, "ns", origin, doc=doc)
+        if hz is not None and hz >= 1:
+            return ClockModel("tsc", float(round(hz)), first, "ns", "--cpu-hz")
+        return ClockModel("ticks", None, first, "ticks", f"{origin}, integer stamps")
+
+    def _batches(self) -> Iterator[tuple[bytes, bool]]:
+        """(text that ends with a newline, last one?); `self._carry` may be set by the consumer."""
+        self._carry = b""
+        while True:
+            block = self._stream.read(BATCH)
+            text = self._carry + block
+            self._carry = b""
+            if not block:
+                if text:
+                    if not text.endswith(b"\n"):
+                        self._notes.append(note("ftrace-truncated", "no newline at the end", self._position))
+                        text += b"\n"
+                    yield text, True
+                return
+            cut = text.rfind(b"\n") + 1
+            if len(text) - cut > LONGEST:
+                tail = self._skip_long(len(text) - cut)
+                if cut:
+                    yield text[:cut], True
+                self._skip(tail)
+                continue
+            rest = text[cut:]
+            if cut:
+                yield text[:cut], False
+                self._carry += rest
+            else:
+                self._carry = rest
+
+    def _skip_long(self, seen: int) -> int:
+        """Read to the end of an endless line; gives its length."""
+        length = seen
+        while True:
+            block = self._stream.read(BATCH)
+            found = block.find(b"\n")
+            if found >= 0:
+                self._stream.seek(found + 1 - len(block), io.SEEK_CUR)
+                return length + found + 1
+            length += len(block)
+            if not block:
+                return length
+
+    def _skip(self, length: int) -> None:
+        self.accounting.skipped += length
+        self._notes.append(note("ftrace-long-line", f"{length} bytes", self._position))
+        self._gaps.append(Gap("damaged", None, None, None, self._position, length, None, "a line too long"))
+        self._position += length
+        self._line += 1
+
+    def _produce(self) -> Iterator[Chunk]:
+        for text, last in self._batches():
+            tables = self._batch(text, last)
+            if tables or self._gaps:
+                yield self._chunk(tables)
+        self._finish()
+        if self._notes or self._gaps:
+            yield self._chunk({})
+
+    def _chunk(self, tables: dict[str, pa.Table]) -> Chunk:
+        chunk = Chunk(tables, self._gaps, self._notes, min(self._position, self.accounting.total))
+        self._gaps, self._notes = [], []
+        return chunk
+
+    def _finish(self) -> None:
+        for cpu, count in sorted(self._started.items()):
+            self._notes.append(note("ftrace-buffer-started", f"cpu {cpu}", 0, cpu, count))
+        for gaps in self._waiting.values():
+            self._gaps.extend(gaps)
+        self._notes.extend(self._builder.notes())
+        self._notes.extend(self._extra_notes())
+        if self.clock.unit == "ticks":
+            self._notes.append(note("ftrace-clock", f"{self.clock.origin}; t_ns is in ticks"))
+        self.accounting.skipped = min(self.accounting.skipped, self.accounting.total)
+        self.accounting.parsed = self.accounting.total - self.accounting.skipped
+
+    def _extra_notes(self) -> list[Note]:
+        return []
+
+    def _batch(self, text: bytes, last: bool) -> dict[str, pa.Table]:
+        # spare bytes: patterns of fixed columns look beyond short last lines
+        data = np.frombuffer(text + bytes(64), dtype=np.uint8)
+        ends = np.flatnonzero(data[: len(text)] == 10)
+        starts = np.concatenate((np.zeros(1, dtype=np.int64), ends[:-1] + 1))
+        returns = (ends > starts) & (data[np.maximum(ends - 1, 0)] == 13)
+        ends = ends - returns
+        scan, sources = classify(data, text, starts, ends, self._fast, self._layouts, self._dot)
+        used, lines = len(text), starts.size
+        rows = scan.records.row
+        if not last and rows.size and len(text) - int(starts[rows[-1]]) < LONGEST:
+            # what follows the last record may belong to it: both wait for the next batch
+            keep = int(rows[-1])
+            self._carry = text[int(starts[keep]) :] + self._carry
+            used, lines = int(starts[keep]), keep
+            scan = self._before(scan, keep)
+        if self._builder.first is None and scan.records.stamped.any():
+            self._builder.first = int(scan.records.stamp[np.argmax(scan.records.stamped)])
+            self.clock = self._clock(self._builder.first)
+            self._builder.clock = self.clock
+        self._marks(scan, starts)
+        tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line)
+        self._stray_lines(strays, starts, ends)
+        self._position += used
+        self._line += lines
+        return tables
+
+    @staticmethod
+    def _before(scan: Scan, keep: int) -> Scan:
+        records = scan.records
+        count = records.row.size - 1
+        for name in type(records).__slots__:
+            setattr(records, name, getattr(records, name)[:count])
+        scan.stacks = scan.stacks[scan.stacks < keep]
+        scan.unknown = [row for row in scan.unknown if row < keep]
+        scan.lost = [lost for lost in scan.lost if lost[0] < keep]
+        return scan
+
+    def _marks(self, scan: Scan, starts: Array) -> None:
+        """Gaps from marks of lost records: from the CPU's record before to the one after."""
+        records = scan.records
+        if scan.overwritten:
+            count = scan.overwritten
+            self._notes.append(note("ftrace-overrun", f"{count} records overwritten", 0, None, count))
+            self._gaps.append(Gap("overrun", None, None, None, 0, 0, count, "before the first record"))
+        self._started.update(scan.started)
+        for row, cpu, count in scan.lost[:10000]:
+            on_cpu = np.flatnonzero(records.cpu == cpu)
+            at = int(np.searchsorted(records.row[on_cpu], row))
+            before = int(records.stamp[on_cpu[at - 1]]) if at else self._last.get(cpu)
+            after = int(records.stamp[on_cpu[at]]) if at < on_cpu.size else None
+            offset = self._position + int(starts[row])
+            self._gaps.append(Gap("lost-records", cpu, before, after, offset, 0, count))
+            self._notes.append(note("ftrace-lost", f"cpu {cpu}: {count or 'some'} records", offset, cpu, count or 1))
+        for cpu in np.unique(records.cpu).tolist():
+            self._last[cpu] = int(records.stamp[np.flatnonzero(records.cpu == cpu)[-1]])
+
+    def _stray_lines(self, rows: list[int], starts: Array, ends: Array) -> None:
+        """Lines that nothing explains: runs of them become one gap each."""
+        runs: list[list[int]] = []
+        for row in rows:
+            if runs and row == runs[-1][1] + 1:
+                runs[-1][1] = row
+            else:
+                runs.append([row, row])
+        for first, final in runs:
+            length = int(ends[final] + 1 - starts[first])
+            self.accounting.skipped += length
+            if len(self._gaps) < 2000:
+                offset = self._position + int(starts[first])
+                self._gaps.append(Gap("damaged", None, None, None, offset, length, None, "not ftrace text"))
+        if rows:
+            where = self._position + int(starts[rows[0]])
+            self._notes.append(note("ftrace-line", f"line {self._line + rows[0]}", where, None, len(rows)))
+
+
+class TraceCmdReportReader(FtraceTextReader):
+    """Output of `trace-cmd report`, also with -R, -t, -l."""
+
+    format: ClassVar[str] = "trace-cmd-report"
+    accepts: ClassVar[tuple[str, ...]] = ("report", "latency-report")
+
+
+class PerfScriptReader(FtraceTextReader):
+    """Output of `perf script` for tracepoints."""
+
+    format: ClassVar[str] = "perf-script"
+    accepts: ClassVar[tuple[str, ...]] = ("perf",)
