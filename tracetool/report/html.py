@@ -1,0 +1,332 @@
+"""The HTML report: one document with everything in it, that asks no network for anything."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from tracetool import __version__
+from tracetool.report import model, words
+from tracetool.report.charts import Chart, finding_lanes, overview_chart, story_chart
+from tracetool.report.model import Step, Story
+from tracetool.report.overview import overview
+from tracetool.report.timeline import Window, meanings, window
+from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
+from tracetool.store import Dataset
+
+__all__ = ["CHART_BYTES", "STORIES", "render"]
+
+#: Episodes told in full; the others get a line in a table. Time and size grow with each.
+STORIES: Final = 24
+#: Lines of that table, and occurrences listed for one episode.
+LISTED: Final = 1500
+OCCURRENCES: Final = 100
+#: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
+CHART_BYTES: Final = 1_000_000
+#: Rows of gaps and notes that are listed.
+ROWS: Final = 300
+#: Recorded events listed before and after a finding.
+BEFORE, AFTER = 12, 5
+
+
+def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str = "") -> str:
+    """The report of a dataset and the runs over it, as one HTML document.
+
+    `runs` are records of `results.run_record`; `command` the command line that made the report. The same input
+    gives the same bytes. Typically 1.5 to 2.5 MB, of which plotly.js is 1.2 MB.
+    """
+    manifest = dataset.manifest
+    times = model.times_of(manifest)
+    gaps = dataset.gaps()
+    notes = dataset.notes()
+    told = model.stories(runs, times, gaps=gaps)
+    figures = _Figures()
+    details = [_detail(dataset, story, gaps, times, figures) for story in told[:STORIES]]
+    view = overview(dataset, gaps)
+    whole = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
+    script = _source("report.js")
+    library = plotlyjs()
+    context = {
+        "manifest": manifest,
+        "title": ", ".join(str(i.get("name", "")) for i in manifest.get("inputs") or ()) or dataset.path.name,
+        "verdict": model.overall(runs),
+        "headline": model.headline(runs, times),
+        "summaries": [model.run_summary(r) for r in runs],
+        "facts": _facts(manifest, times),
+        "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
+        "observed": sorted((manifest.get("observed") or {}).items()),
+        "gaps": [_gap(g, times) for g in gaps[:ROWS]],
+        "gaps_more": max(0, len(gaps) - ROWS),
+        "gaps_total": len(gaps),
+        "notes": notes[:ROWS],
+        "notes_more": max(0, len(notes) - ROWS),
+        "rules": _by_system(model.rules(runs)),
+        "details": details,
+        "rest": [_line(s, times) for s in told[STORIES : STORIES + LISTED]],
+        "rest_more": max(0, len(told) - STORIES - LISTED),
+        "episodes": len(told),
+        "predicted": [_line(s, times) for s in _hypothetical(runs, times)],
+        "overview": whole,
+        "tables": model.comparison(runs, times),
+        "configs": _configs(runs),
+        "legend": sorted(figures.kinds.items()),
+        "command": command or manifest.get("command", ""),
+        "ingest_command": manifest.get("command", ""),
+        "versions": {"tracetool": __version__, "plotly.js": PLOTLYJS_VERSION, "dataset made by": manifest.get("tool")},
+        "suppressed": sum(sum((r.get("suppressed") or {}).values()) for r in runs),
+        "times": times,
+        "words": words,
+        "css": Markup(_source("report.css")),
+        "library": Markup(library),
+        "script": Markup(script),
+        "figures": Markup(figures.json()),
+        "csp": f"default-src 'none'; script-src {_hash(library)} {_hash(script)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'",
+    }
+    return _environment().from_string(_source("report.html.j2")).render(context)
+
+
+class _Figures:
+    """The figures of the charts that are drawn, within CHART_BYTES."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
+        self.left = CHART_BYTES
+
+    def add(self, chart: Chart, *, force: bool = False) -> Chart | None:
+        """The chart if it fits, else None."""
+        text = _json(chart.figure())
+        if len(text) > self.left and not force:
+            return None
+        self.left -= len(text)
+        self.parts[chart.id] = text
+        return chart
+
+    def json(self) -> str:
+        """All figures as one JSON object, safe inside a script element."""
+        return "{" + ",\n".join(f'"{key}":{value}' for key, value in self.parts.items()) + "}"
+
+
+def _json(value: object) -> str:
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _source(name: str) -> str:
+    return files("tracetool.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _finalize(value: object) -> object:
+    """Every printed value: markup as it is, all else without control and reordering characters."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else words.clean(value)
+
+
+def _environment() -> Environment:
+    return Environment(
+        autoescape=True, finalize=_finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _detail(
+    dataset: Dataset, story: Story, gaps: Sequence[Mapping[str, Any]], times: words.Times, figures: _Figures
+) -> dict[str, Any]:
+    """One episode with its window, chart and occurrences."""
+    first = story.first
+    moments = [first["t_ns"], *(s.t_ns for s in story.steps)]
+    if first.get("t_first_ns") is not None:
+        moments.append(first["t_first_ns"])
+    if len(story.findings) > 1:
+        # As many occurrences as lie near the first: the episode's rhythm is part of the story.
+        near = max(max(moments) - min(moments), 1_000_000) * 4
+        moments += [f["t_ns"] for f in story.findings[1:8] if f["t_ns"] - first["t_ns"] <= near]
+    low, high = min(moments), max(moments)
+    margin = max((high - low) // 3, 50_000)
+    view: Window | None = None
+    chart: Chart | None = None
+    if (dataset.path / "events.parquet").is_file():
+        view = window(dataset, first["t_ns"], low - margin, high + margin, gaps)
+        chart = story_chart(story, view, gaps, times)
+        fits = figures.add(chart)
+        if fits is None:
+            chart = None
+        figures.kinds.update(meanings(m.kind for m in view.moments))
+    occurrences = [
+        {
+            "t": times.at(f["t_ns"]),
+            "dt": times.relative(f["t_ns"] - story.findings[max(i - 1, 0)]["t_ns"]) if i else "",
+            "expected": f["expected"],
+            "observed": f["observed"],
+            "val": f.get("val"),
+            "confidence": f["confidence"],
+            "place": _place(f.get("source"), f.get("offset")),
+        }
+        for i, f in enumerate(story.findings[:OCCURRENCES])
+    ]
+    return {
+        "story": story,
+        "run": model.run_name(story.run),
+        "steps": _told(story, view, times),
+        "chart": chart,
+        "occurrences": occurrences if len(story.findings) > 1 else [],
+        "occurrences_more": max(0, len(story.findings) - OCCURRENCES),
+    }
+
+
+def _told(story: Story, view: Window | None, times: words.Times) -> list[dict[str, Any]]:
+    """The events of a story in order: its evidence, and what was recorded beside it on the same lanes."""
+    first = story.first
+    t = first["t_ns"]
+    steps = list(story.steps)
+    if view is not None:
+        known = {s.seq for s in steps if s.seq is not None}
+        lanes = set(finding_lanes(first, story.run["system"]))
+        lanes |= {m.lane for m in view.moments if m.seq in known}
+        near = [m for m in view.moments if m.lane in lanes and m.seq not in known]
+        before = [m for m in near if m.t <= t][-BEFORE:]
+        after = [m for m in near if m.t > t][:AFTER]
+        steps += [Step(m.t, m.text, "context", m.source, m.offset, m.seq) for m in (*before, *after)]
+    rows = [
+        {
+            "t": s.t_ns,
+            "seq": -1 if s.seq is None else s.seq,
+            "dt": times.relative(s.t_ns - t),
+            "text": s.text,
+            "origin": s.origin,
+            "place": _place(s.source, s.offset),
+        }
+        for s in steps
+    ]
+    rows.sort(key=lambda r: (r["t"], r["seq"]))
+    here = next((i for i, r in enumerate(rows) if r["t"] > t), len(rows))
+    observed = first["observed"] or first["code"]
+    place = _place(first.get("source"), first.get("offset"))
+    rows.insert(here, {"t": t, "seq": 0, "dt": "0", "text": observed, "origin": "finding", "place": place})
+    return rows
+
+
+def _place(source: object, offset: int | None) -> str:
+    if offset is None:
+        return ""
+    return f"{source} {offset:#x}" if source else f"{offset:#x}"
+
+
+def _line(story: Story, times: words.Times) -> dict[str, Any]:
+    first = story.first
+    return {
+        "number": story.number, "severity": story.severity, "code": first["code"], "run": model.run_name(story.run),
+        "where": words.where(first, story.run["system"]), "t": times.at(first["t_ns"]), "n": len(story.findings),
+        "expected": first["expected"], "observed": first["observed"], "confidence": first["confidence"],
+        "place": _place(first.get("source"), first.get("offset")),
+        "evidence": model.reliable(story.run, first["t_ns"], times),
+    }  # fmt: skip
+
+
+def _hypothetical(runs: Sequence[Mapping[str, Any]], times: words.Times) -> list[Story]:
+    """Episodes of the runs that say what another policy would have done."""
+    judged = {id(r) for r in model.primary(runs)}
+    other = [r for r in runs if id(r) not in judged]
+    return model.stories(other, times, only_primary=False)[:LISTED] if other else []
+
+
+def _by_system(rules: Sequence[model.Rule]) -> list[tuple[str, list[model.Rule]]]:
+    grouped: dict[str, list[model.Rule]] = {}
+    for rule in rules:
+        grouped.setdefault(rule.system, []).append(rule)
+    return list(grouped.items())
+
+
+def _configs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Thresholds of each system; runs of one system that differ are listed apart."""
+    seen: list[dict[str, Any]] = []
+    for run in runs:
+        config = run.get("config") or {}
+        match = next((s for s in seen if s["system"] == run["system"] and s["config"] == config), None)
+        if match:
+            match["policies"].append(run["policy"])
+        else:
+            seen.append({"system": run["system"], "policies": [run["policy"]], "config": config})
+    return seen
+
+
+def _gap(gap: Mapping[str, Any], times: words.Times) -> dict[str, Any]:
+    t0, t1 = gap.get("t0_ns"), gap.get("t1_ns")
+    return {
+        **gap,
+        "from": times.at(t0),
+        "to": times.at(t1),
+        "long": times.span(t1 - t0) if t0 is not None and t1 is not None else "unknown",
+    }
+
+
+def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, str]]:
+    """What was recorded, as pairs of words and values; what the manifest does not say is said to be unknown."""
+    span = manifest.get("span") or {}
+    clock = manifest.get("clock") or {}
+    account = manifest.get("bytes") or {}
+    facts = []
+    t0, t1 = span.get("t0_ns"), span.get("t1_ns")
+    if t0 is not None and t1 is not None:
+        facts.append(("Span", f"{times.span(t1 - t0)}, from {times.at(t0)} to {times.at(t1)}"))
+    else:
+        facts.append(("Span", "unknown"))
+    for key, word in (("cpus", "CPUs"), ("domains", "Domains")):
+        values = manifest.get(key)
+        if values is not None:
+            facts.append((word, f"{len(values)}: {ranges(values)}" if values else "none seen"))
+    facts.append(("Clock", _clock(clock)))
+    if account:
+        total = account.get("total", 0)
+        parsed, skipped = account.get("parsed", 0), account.get("skipped", 0)
+        text = f"{words.size(total)}: {words.number(parsed)} parsed, {words.number(skipped)} skipped"
+        text += ", none unaccounted" if parsed + skipped == total else f", {total - parsed - skipped} UNACCOUNTED"
+        facts.append(("Bytes", text))
+    counts = manifest.get("counts")
+    if counts:
+        facts.append(("Records", f"{words.number(sum(counts.values()))} of {words.plural(len(counts), 'kind')}"))
+    for key, value in (manifest.get("facts") or {}).items():
+        shown = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
+        facts.append((str(key).replace("_", " "), words.number(shown) if not isinstance(shown, str) else shown))
+    return facts
+
+
+def _clock(clock: Mapping[str, Any]) -> str:
+    if not clock:
+        return "nothing is known about it"
+    parts = [str(clock.get("kind", "unknown kind"))]
+    hz = clock.get("hz")
+    parts.append(f"{hz / 1e6:.6f} MHz" if isinstance(hz, int | float) and hz else "frequency unknown: times are ticks")
+    if clock.get("unit") == "ns" and not hz:
+        parts[-1] = "already in time units"
+    if clock.get("origin"):
+        parts.append(f"from {clock['origin']}")
+    error = clock.get("error_ppm")
+    parts.append(f"uncertainty {error:g} ppm" if isinstance(error, int | float) else "uncertainty not known")
+    text = ", ".join(parts)
+    return f"{text}. {clock['doc']}" if clock.get("doc") else text
+
+
+def ranges(values: Sequence[Any]) -> str:
+    """Numbers as ranges: `0-3, 7`."""
+    if not all(isinstance(v, int) for v in values):
+        return ", ".join(map(str, values))
+    parts: list[list[int]] = []
+    for value in sorted(set(values)):
+        if parts and value == parts[-1][1] + 1:
+            parts[-1][1] = value
+        else:
+            parts.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)

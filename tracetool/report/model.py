@@ -1,0 +1,404 @@
+"""What every kind of report says, in plain values: the verdict, the rules, the stories.
+
+Only the rendering differs between HTML, text, Markdown, JUnit and the terminal; the sentences come from here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from replay.declare import Code
+from replay.systems import SYSTEMS
+from tracetool.report.words import Times, count, number, percent, plural, where
+from tracetool.results import SEVERITIES, fold
+
+__all__ = [
+    "Other", "Rule", "Step", "Story", "code_of", "comparison", "headline", "nearest_gap", "overall", "primary",
+    "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of",
+]  # fmt: skip
+
+#: Occurrences of one episode that are listed one by one.
+LISTED: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of a story. `origin`: "evidence" (recorded, used by the rule), "model" (predicted), "context"."""
+
+    t_ns: int
+    text: str
+    origin: str
+    source: str | None = None
+    offset: int | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """What another policy's run says about the moment of a finding; `evidence`: how far that can be believed."""
+
+    policy: str
+    mode: str
+    says: str
+    evidence: str
+
+
+@dataclass(slots=True)
+class Story:
+    """One episode: equal findings on one object, told once."""
+
+    number: int
+    run: Mapping[str, Any]
+    findings: Sequence[Mapping[str, Any]]
+    code: Code | None
+    title: str
+    steps: list[Step]
+    others: list[Other]
+    gap: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The finding that opened the episode."""
+        return self.findings[0]
+
+    @property
+    def severity(self) -> str:
+        """error, warn or info."""
+        return str(self.first["severity"])
+
+    @property
+    def predicted(self) -> bool:
+        """Whether this did not happen but follows from the model under a policy."""
+        return bool(self.run["mode"] != "verify")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of the coverage table. `findings` is None when the rule was blind: nothing can be said then."""
+
+    system: str
+    name: str
+    state: str
+    reason: str
+    doc: str
+    findings: int | None
+    worst: str
+
+
+def times_of(manifest: Mapping[str, Any]) -> Times:
+    """How to write the times of a dataset."""
+    clock = manifest.get("clock")
+    unit = clock.get("unit") if isinstance(clock, Mapping) else None
+    return Times("ticks" if unit == "ticks" else "ns")
+
+
+def code_of(run: Mapping[str, Any], name: str) -> Code | None:
+    """The declaration of a code, or None when this version does not know it."""
+    try:
+        codes = SYSTEMS[run["system"]].codes
+    except (KeyError, ImportError):
+        return None
+    return next((c for c in codes if c.name == name), None)
+
+
+def run_name(run: Mapping[str, Any]) -> str:
+    """`hpet, policy current (what-if)`."""
+    mode = "" if run["mode"] == "verify" else f" ({run['mode']})"
+    return f"{run['system']}, policy {run['policy']}{mode}"
+
+
+def severities(findings: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Occurrences of each severity, worst first."""
+    counted = Counter(f["severity"] for f in findings)
+    return {s: counted[s] for s in SEVERITIES if counted[s]}
+
+
+def primary(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that tell what happened: verify runs; of a system that has none, its what-if runs."""
+    verified = {r["system"] for r in runs if r["mode"] == "verify"}
+    return [r for r in runs if r["mode"] == "verify" or r["system"] not in verified]
+
+
+def overall(runs: Sequence[Mapping[str, Any]]) -> str:
+    """findings, inconclusive or clean, of what happened; a system that could not be judged is never clean."""
+    verdicts = {r["verdict"] for r in primary(runs)}
+    return next((v for v in ("findings", "inconclusive", "clean") if v in verdicts), "inconclusive")
+
+
+def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
+    """The verdict in a sentence or two."""
+    if not runs:
+        return "Nothing was replayed, so nothing is known about this recording."
+    judged = primary(runs)
+    states = Counter(r["state"] for run in _one_per_system(judged) for r in run["coverage"])
+    blind = states["blind"]
+    total = sum(states.values())
+    unseen = f" {number(blind)} of {plural(total, 'rule')} could not be checked." if blind else ""
+    verdict = overall(runs)
+    found = [(run, group) for run in judged for group in fold(run["findings"])]
+    if verdict == "findings":
+        worst = [(r, g) for r, g in found if g[0]["severity"] in ("error", "warn")]
+        run, group = min(worst, key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
+        code = code_of(run, group[0]["code"])
+        doc = code.doc.rstrip(".") if code else group[0]["code"]
+        counted = severities(f for _, g in worst for f in g)
+        lead = count(counted)
+        episodes = plural(len(worst), "episode")
+        would = "The model predicts" if run["mode"] != "verify" else "Found"
+        return (
+            f"{would} {lead} in {episodes}. The worst: {doc[0].lower() + doc[1:] if doc[1:2].islower() else doc} "
+            f"({group[0]['code']}, {where(group[0], run['system'])}, first at {times.at(group[0]['t_ns'])}).{unseen}"
+        )
+    if verdict == "inconclusive":
+        seen = total - blind
+        if total and not seen:
+            return "Inconclusive: none of the events that the rules need are in this recording. This is not a clean bill."
+        reason = "some systems could not be judged" if seen else "no rule was evaluated"
+        return f"Inconclusive: {reason}, or gaps cover most of the time. This is not a clean bill.{unseen}"
+    remarks = severities(f for _, g in found for f in g)
+    extra = f" {count(remarks)} noted." if remarks else ""
+    return f"Clean as far as can be seen: no divergence under the {plural(total - blind, 'rule')} that " + (
+        f"this recording can decide.{extra}{unseen}"
+    )
+
+
+def run_summary(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of one run for the table of verdicts."""
+    states = Counter(r["state"] for r in run["coverage"])
+    found = severities(run["findings"])
+    return {
+        "system": run["system"], "title": run.get("title", ""), "policy": run["policy"], "mode": run["mode"],
+        "verdict": run["verdict"], "error": found.get("error", 0), "warn": found.get("warn", 0),
+        "info": found.get("info", 0), "checked": states["checked"], "inferred": states["inferred"],
+        "blind": states["blind"], "suppressed": sum((run.get("suppressed") or {}).values()),
+    }  # fmt: skip
+
+
+def _one_per_system(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        chosen.setdefault(run["system"], run)
+    return list(chosen.values())
+
+
+def rules(runs: Sequence[Mapping[str, Any]]) -> list[Rule]:
+    """The coverage table: for each system its rules as declared, with what was found by the run that was judged."""
+    table = []
+    for run in _one_per_system(primary(runs)):
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for finding in run["findings"]:
+            found.setdefault(finding["code"], []).append(finding)
+        for line in run["coverage"]:
+            code = code_of(run, line["rule"])
+            mine = found.get(line["rule"], [])
+            blind = line["state"] == "blind" and not mine
+            table.append(
+                Rule(
+                    run["system"], line["rule"], line["state"], line["reason"], code.doc if code else "",
+                    None if blind else len(mine), next(iter(severities(mine)), ""),
+                )
+            )  # fmt: skip
+    return table
+
+
+def nearest_gap(t_ns: int, cpu: int | None, gaps: Sequence[Mapping[str, Any]], times: Times) -> str:
+    """The gap nearest to a moment that concerns its CPU, in words."""
+    best: tuple[int, Mapping[str, Any]] | None = None
+    for gap in gaps:
+        if cpu is not None and gap.get("cpu") not in (None, cpu):
+            continue
+        t0, t1 = gap.get("t0_ns"), gap.get("t1_ns")
+        low = t0 if t0 is not None else t1
+        high = t1 if t1 is not None else t0
+        if low is None or high is None:
+            continue
+        distance = 0 if low <= t_ns <= high else min(abs(t_ns - low), abs(t_ns - high))
+        if best is None or distance < best[0]:
+            best = (distance, gap)
+    if best is None:
+        if gaps:
+            return "no gap on this CPU with a known time; see the list of gaps"
+        return "none: the recording has no known gap"
+    distance, gap = best
+    who = "all CPUs" if gap.get("cpu") is None else f"CPU {gap['cpu']}"
+    text = f"{gap.get('reason', 'gap')} on {who}"
+    if gap.get("lost"):
+        text += f", {plural(gap['lost'], 'record')} lost"
+    if distance == 0:
+        return f"inside a gap ({text}): treat with care"
+    after = (gap.get("t0_ns") or gap.get("t1_ns") or 0) > t_ns
+    return f"{times.span(distance)} {'later' if after else 'earlier'} ({text})"
+
+
+def reliable(run: Mapping[str, Any], t_ns: int, times: Times) -> str:
+    """How far a run's word about a moment is evidence."""
+    if run["mode"] == "verify":
+        return "evidence: what was recorded"
+    calibration = run.get("calibration")
+    label = calibration.get("label", calibration.get("state", "")) if isinstance(calibration, Mapping) else calibration
+    tail = f", {label}" if label else ", not calibrated against the recording"
+    horizon = run.get("horizon_ns")
+    if horizon is None:
+        return f"prediction{tail}"
+    if t_ns <= horizon:
+        return f"evidence until {times.at(horizon)}{tail}"
+    return f"prediction only: the recording is evidence until {times.at(horizon)}{tail}"
+
+
+def _others(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]],
+            times: Times) -> list[Other]:  # fmt: skip
+    first = group[0]
+    low, high = first["t_ns"], group[-1]["t_ns"]
+    if first.get("t_first_ns") is not None:
+        low = min(low, first["t_first_ns"])
+    # Half the episode's length (at least 1 ms, or 1 M ticks) around it: a policy shifts moments a little.
+    margin = max((high - low) // 2, 1_000_000)
+    others = []
+    for other in runs:
+        if other is run or other["system"] != run["system"]:
+            continue
+        near = [f for f in other["findings"] if low - margin <= f["t_ns"] <= high + margin]
+        same = [f for f in near if f["code"] == first["code"] and f.get("obj") == first.get("obj")]
+        rest = Counter(f["code"] for f in near if f not in same)
+        state = next((c["state"] for c in other["coverage"] if c["rule"] == first["code"]), "checked")
+        if same:
+            says = f"the same: {plural(len(same), 'finding')}, first at {times.at(same[0]['t_ns'])}"
+        elif state == "blind":
+            says = "cannot tell: the rule is blind here"
+        else:
+            says = f"no {first['code']} here"
+        if rest:
+            says += "; instead " + ", ".join(f"{n} × {c}" if n > 1 else c for c, n in sorted(rest.items()))
+        others.append(Other(other["policy"], other["mode"], says, reliable(other, low, times)))
+    return others
+
+
+def _steps(group: Sequence[Mapping[str, Any]]) -> list[Step]:
+    first = group[0]
+    return [
+        Step(e["t_ns"], e["label"], "model" if e.get("seq") is None else "evidence", e.get("source"),
+             e.get("offset"), e.get("seq"))
+        for e in first.get("evidence") or ()
+    ]  # fmt: skip
+
+
+def _title(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]]) -> str:
+    text = f"{group[0]['code']} on {where(group[0], run['system'])}"
+    return f"{text}, {len(group)} times" if len(group) > 1 else text
+
+
+def stories(
+    runs: Sequence[Mapping[str, Any]],
+    times: Times,
+    *,
+    gaps: Sequence[Mapping[str, Any]] = (),
+    only_primary: bool = True,
+) -> list[Story]:
+    """Every episode of the runs that were judged, worst first, then by time; `only_primary` False: of all runs."""
+    chosen = primary(runs) if only_primary else list(runs)
+    groups = [(run, group) for run in chosen for group in fold(run["findings"])]
+    groups.sort(key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
+    result = []
+    for number_, (run, group) in enumerate(groups, 1):
+        first = group[0]
+        result.append(
+            Story(
+                number_, run, group, code_of(run, first["code"]), _title(run, group), _steps(group),
+                _others(run, group, runs, times) if number_ <= 500 else [],
+                nearest_gap(first["t_ns"], first.get("cpu"), gaps, times),
+                _facts(run, group, times),
+            )
+        )  # fmt: skip
+    return result
+
+
+def _facts(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], times: Times) -> dict[str, str]:
+    first, last = group[0], group[-1]
+    facts = {"When": times.at(first["t_ns"])}
+    if first.get("t_first_ns") not in (None, first["t_ns"]):
+        facts["When"] += f", began {times.span(first['t_ns'] - first['t_first_ns'])} before"
+    if len(group) > 1:
+        facts["When"] += f"; the last of {number(len(group))} at {times.at(last['t_ns'])}"
+    if first.get("offset") is not None:
+        source = f"{first['source']}, " if first.get("source") else ""
+        facts["Record"] = f"{source}offset {first['offset']:#x}"
+    else:
+        facts["Record"] = "none: computed by the model" if run["mode"] != "verify" else "offset unknown"
+    low = min(f["confidence"] for f in group)
+    high = max(f["confidence"] for f in group)
+    facts["Confidence"] = f"{low} of 100" if low == high else f"{low} to {high} of 100"
+    if first.get("caused_by"):
+        facts["Caused by"] = str(first["caused_by"])
+    if first.get("tags"):
+        facts["Tags"] = ", ".join(map(str, first["tags"]))
+    return facts
+
+
+def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str, Any]]:
+    """For each system that ran under several policies: its runs and every metric side by side."""
+    tables = []
+    by_system: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        by_system.setdefault(run["system"], []).append(run)
+    for system, mine in by_system.items():
+        names = dict.fromkeys(name for run in mine for name in run["metrics"])
+        counted = [Counter(f["code"] for f in run["findings"]) for run in mine]
+        codes = dict.fromkeys(code for c in counted for code in c)
+        blind = [{c["rule"] for c in run["coverage"] if c["state"] == "blind"} for run in mine]
+        base = mine[0]["metrics"]
+        rows = []
+        for name in names:
+            values = [run["metrics"].get(name) for run in mine]
+            cells = []
+            for index, value in enumerate(values):
+                old = base.get(name)
+                both = isinstance(value, int | float) and isinstance(old, int | float)
+                delta = value - old if index and both and value is not None and old is not None else None
+                cells.append((_metric(name, value, times), _change(delta, old) if delta else ""))
+            rows.append({"name": name, "cells": cells, "differs": len({str(v) for v in values}) > 1})
+        found = [
+            {
+                "name": code,
+                "cells": ["–" if code in blind[i] and not c[code] else number(c[code]) for i, c in enumerate(counted)],
+            }
+            for code in codes
+        ]
+        tables.append(
+            {
+                "system": system,
+                "title": mine[0].get("title", ""),
+                "runs": [
+                    {
+                        "policy": r["policy"], "mode": r["mode"], "verdict": r["verdict"],
+                        "trust": _trust(r, times), "horizon_ns": r.get("horizon_ns"),
+                    }
+                    for r in mine
+                ],
+                "rows": rows,
+                "found": found,
+            }
+        )  # fmt: skip
+    return tables
+
+
+def _trust(run: Mapping[str, Any], times: Times) -> str:
+    return reliable(run, -1 if run.get("horizon_ns") is not None else 0, times)
+
+
+def _change(delta: float, old: float | None) -> str:
+    sign = "+" if delta > 0 else "−"
+    if old:
+        return f"{sign}{percent(abs(delta), abs(old))}" if abs(delta) < 10 * abs(old) else f"{sign}{number(abs(delta))}"
+    return f"{sign}{number(abs(delta))}"
+
+
+def _metric(name: str, value: object, times: Times) -> str:
+    if value is None:
+        return "–"
+    if name.endswith("_ns") and isinstance(value, int):
+        return times.span(value)
+    return number(value)
