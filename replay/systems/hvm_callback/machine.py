@@ -364,6 +364,8 @@ class CallbackMachine(Machine):
         ds = list(self.domains.values())
         result = {
             "upcall_sets": sum(d.set_count for d in ds),
+            "upcall_clears": sum(d.clears for d in ds),
+            "pending_at_end": sum(d.flag == 1 for d in ds),
             "injections": sum(d.injections for d in ds),
             "useful_injections": sum(d.useful for d in ds),
             "spurious_injections": sum(d.spurious for d in ds),

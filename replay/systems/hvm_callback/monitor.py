@@ -75,6 +75,7 @@ class CallbackMonitor:
         """The guest's handler on vcpu `v` read and cleared the flag."""
         if self.sees_lines and d.flag == 1:
             self._assert_overdue(d, t)
+        d.clears += d.flag == 1
         d.clear_t = t
         d.set_t = NIL
         d.reads += 1

@@ -122,6 +122,7 @@ class Domain:
         self.no_work = 0
         self.set_count = 0
         self.consumed = 0
+        self.clears = 0
         if closed:
             self.configure(machine.gsi)
 

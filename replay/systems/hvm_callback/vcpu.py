@@ -13,7 +13,7 @@ class Vcpu:
     """A vCPU: its virtual LAPIC, whether it runs, and what is remembered of its last callback injection.
 
     `injected_t` is NIL when no injection awaits its verdict. `ready_since` is the time from which it was running or
-    runnable without a break (NIL: it is not, or that is unknown); `ahead_t` that of a handler seen before its injection.
+    runnable without a break (NIL: it is not, or that is unknown); `ahead_t` that of a handler seen before it.
     """
 
     __slots__ = (
