@@ -16,6 +16,7 @@ FORMATS: tuple[tuple[str, str, str], ...] = (
     ("xentrace", "parsers.xentrace.reader", "XentraceReader"),
     ("qemu", "parsers.qemu.reader", "QemuReader"),
     ("trace.dat", "parsers.tracedat", "TraceDatReader"),
+    ("xenalyze", "parsers.xenalyze", "XenalyzeReader"),
     ("proc-interrupts", "parsers.debugkeys", "InterruptsReader"),
     ("timer-list", "parsers.debugkeys", "TimerListReader"),
     ("lsevtchn", "parsers.debugkeys", "LsevtchnReader"),

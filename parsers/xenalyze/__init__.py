@@ -1,0 +1,5 @@
+"""Texts made from xentrace recordings: `xenalyze --dump-all` and the classic `xentrace_format`."""
+
+from parsers.xenalyze.reader import XenalyzeReader
+
+__all__ = ["XenalyzeReader"]
