@@ -88,6 +88,10 @@ class System:
     make: Callable[[Any, Config, Sink, str], Machine]
     kinds: tuple[str, ...]
     recorded: str = "current"
+    #: Kinds that are fed in what-if runs; None: stimuli, context and responses of `kinds`.
+    stimuli: tuple[str, ...] | None = None
+    #: Metrics in which a what-if run of the recorded policy must agree with the recording (spec 0.5).
+    calibrate: tuple[str, ...] = ()
 
     def policy(self, name: str) -> str:
         """The policy's own name for a name or a role; UsageError lists what there is."""

@@ -27,6 +27,7 @@ class Run:
     suppressed: dict[str, int] = field(default_factory=dict)
     horizon_ns: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    effects: list[tuple[int, int]] = field(default_factory=list)
 
 
 def run_machine(
@@ -62,6 +63,7 @@ def run_machine(
             last = batch["t_ns"][-1].as_py()
     machine.finish(last if t_end is None else t_end)
     return Run(
+        effects=machine.effects,
         system=system.name,
         policy=policy,
         mode="what-if" if closed else "verify",

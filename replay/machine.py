@@ -30,6 +30,9 @@ class Machine:
         self.from_boot = True
         #: Kinds that the recording can show; None means all of them (scenarios). Rules that lack one stay silent.
         self.observed: frozenset[str] | None = None
+        #: What-if: the effects that a guest or device would notice, as (t ns, what). Two policies that differ here
+        #: have left the recording behind (spec 0.5).
+        self.effects: list[tuple[int, int]] = []
 
     def sees(self, kind: str) -> bool:
         """Whether the recording would show events of this kind if they happened."""

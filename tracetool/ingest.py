@@ -75,7 +75,7 @@ def ingest(
         if opened.truncated:
             _compressed_end(writer, opened)
             dataset = writer.close_records()
-        bound = _bind(reader, dataset, options, writer.gaps)
+        bound = _bind(reader, dataset, _label(opened), options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
         batches = _reported(bound.batches, progress, manifest["span"]["records"])
@@ -96,15 +96,20 @@ def _reader(opened: Opened, options: IngestOptions) -> Reader:
         raise RecordingError(f"unknown format {options.format!r}") from None
     if cls is None:
         raise RecordingError(f"not a recording of a known format; it starts with {head[:12]!r}")
-    source = Path(opened.name).name if opened.name != "-" else "stdin"
     return cls(
-        opened.stream, ReadOptions(source=source, cpu_hz=options.cpu_hz, xen_version=options.xen_version)
+        opened.stream,
+        ReadOptions(source=_label(opened), cpu_hz=options.cpu_hz, xen_version=options.xen_version),
     )
+
+
+def _label(opened: Opened) -> str:
+    """What a recording is called in tables and reports: its file name without the folder."""
+    return Path(opened.name).name if opened.name != "-" else "stdin"
 
 
 def _store(reader: Reader, opened: Opened, writer: DatasetWriter, progress: Progress | None) -> dict[str, Any]:
     """Write all chunks; returns `span` (first and last time, number of records) and `cpus`."""
-    source = Path(opened.name).name if opened.name != "-" else "stdin"
+    source = _label(opened)
     starts: list[int] = []
     ends: list[int] = []
     cpus: set[int] = set()
@@ -140,20 +145,20 @@ def _ns(reader: Reader, stamp: int | None) -> int | None:
 
 
 def _compressed_end(writer: DatasetWriter, opened: Opened) -> None:
-    source = Path(opened.name).name
+    source = _label(opened)
     text = opened.truncated or ""
     writer.add_gap(Gap("truncated", None, None, None, opened.size, text=text), source, None, None)
     writer.add_note(Note("compressed-truncated", "error", text, offset=opened.size), source)
 
 
 def _bind(
-    reader: Reader, dataset: Dataset, options: IngestOptions, gaps: Sequence[Mapping[str, Any]]
+    reader: Reader, dataset: Dataset, source: str, options: IngestOptions, gaps: Sequence[Mapping[str, Any]]
 ) -> Bound:
     module = BINDINGS.get(reader.format)
     if module is None:
         return Bound({}, {"binding": f"format {reader.format} has no binding to the models yet"}, iter(()))
     context = Context(
-        source=_source(reader),
+        source=source,
         rows=sum(reader.counts.values()),
         unit=reader.clock.unit,
         hz=reader.clock.hz,
@@ -162,10 +167,6 @@ def _bind(
     )
     bound: Bound = import_module(module).bind(dataset, context)
     return bound
-
-
-def _source(reader: Reader) -> str:
-    return str(getattr(reader, "options", ReadOptions()).source)
 
 
 def _reported(batches: Iterable[pa.Table], progress: Progress | None, rows: int) -> Iterable[pa.Table]:
@@ -184,7 +185,7 @@ def _manifest(reader: Reader, opened: Opened, options: IngestOptions) -> dict[st
         "inputs": [
             {
                 "name": opened.name,
-                "source": Path(opened.name).name if opened.name != "-" else "stdin",
+                "source": _label(opened),
                 "format": reader.format,
                 "compression": opened.compression,
                 "sha256": opened.sha256,

@@ -68,7 +68,11 @@ NOTES_SCHEMA: Final = pa.schema(
 
 
 class StoreError(Exception):
-    """The dataset cannot be written or read; `str()` is one line that says what to do."""
+    """The dataset cannot be written or read; `str()` is one line that says what to do, `code` the exit code."""
+
+    def __init__(self, message: str, code: int = 3) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def is_dataset(path: Path) -> bool:
@@ -121,7 +125,7 @@ class DatasetWriter:
         self.target = target
         if target.exists() and not (is_dataset(target) and force) and (not target.is_dir() or any(target.iterdir())):
             hint = "give --force to replace it" if is_dataset(target) else "it is not a dataset; choose another place"
-            raise StoreError(f"{target} exists already: {hint}")
+            raise StoreError(f"{target} exists already: {hint}", 2)
         self.staging = target.parent / f".{target.name}.partial-{os.getpid()}"
         self.writers: dict[str, _TableWriter] = {}
         self.pending_bytes = 0
@@ -135,7 +139,7 @@ class DatasetWriter:
             shutil.rmtree(self.staging, ignore_errors=True)
             (self.staging / "records").mkdir(parents=True)
         except OSError as error:
-            raise StoreError(f"{self.target}: cannot write there: {error.strerror or error}") from None
+            raise StoreError(f"{self.target}: cannot write there: {error.strerror or error}", 5) from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -30,8 +30,23 @@ def bind(records: Records, context: Context) -> Bound:
         **hpet.observed,
         **hvm.observed,
     }
-    facts: dict[str, Any] = {**hpet.facts, **hvm.facts}
+    facts: dict[str, Any] = {"domains": _domains(records), **hpet.facts, **hvm.facts}
     return Bound(observed, facts, _batches(records, context, hpet, hvm))
+
+
+def _domains(records: Records) -> dict[str, int]:
+    """Domains that ran and the number of their vCPUs."""
+    if "TRC_SCHED_RUNSTATE_CHANGE" not in records.tables():
+        return {}
+    frame = (
+        records.scan("TRC_SCHED_RUNSTATE_CHANGE")
+        .filter(pl.col("dom") != IDLE_DOMAIN)
+        .group_by("dom")
+        .agg(n=pl.col("vcpu").n_unique())
+        .sort("dom")
+        .collect()
+    )
+    return {str(dom): n for dom, n in frame.iter_rows()}
 
 
 def _scheduling(records: Records) -> dict[str, Observation]:

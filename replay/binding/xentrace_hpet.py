@@ -27,7 +27,7 @@ NEAR_IDLE_NS: Final = 1_000_000
 #: Share of an interrupt's assignments that must lie there.
 NEAR_IDLE_SHARE: Final = 0.8
 #: A remote handler wakes its CPUs within this (ns).
-REMOTE_WAKE_NS: Final = 200_000
+REMOTE_WAKE_NS: Final = 1_000_000
 #: A handler record this long before the exit record still counts as its cause (ns).
 WAKE_WINDOW_NS: Final = 1_000_000
 #: Longest handler that is believed (ns): the two stamps in the record have 32 bits only.

@@ -49,6 +49,8 @@ HPET_FIRE: Final = KIND_ID["hwhpet.fire"]
 EOI_LIMIT: Final = 1
 IRR_LIMIT: Final = 2
 
+#: In place of a vector: an EOI of something delivered before the recording began.
+UNSEEN: Final = 0x100
 #: Confidence of "ISR is empty" when that was concluded from the vCPU halting (a handler does not halt).
 CONF_FROM_HALT: Final = 80
 
@@ -71,7 +73,7 @@ class ApicMachine(Machine):
         self.serials: dict[int, int] = {}
         self.on_cpu: dict[int, int] = {}  # which vCPU runs on a physical CPU, for taint
         self.started = False
-        self.blind_from_start = False
+        self.born: set[int] = set()  # domains created in the recording: their LAPICs start empty
         self.deliveries: dict[int, int] = {}
         self.eois: dict[int, int] = {}
         self.irr_coalesced = 0
@@ -125,7 +127,7 @@ class ApicMachine(Machine):
                 p.lapic.tpr = val
                 p.deliverable_since = t
             elif kind == RESET:
-                self.reset(p)
+                self.reset(p, dom, vcpu)
             elif kind == SNAPSHOT:
                 self.snapshot(p, obj, tgt, val)
             elif kind == LOST:
@@ -142,7 +144,11 @@ class ApicMachine(Machine):
     def discover(self, key: int, cpu: int, dom: int, vcpu: int) -> Processor:
         """First event of a CPU or vCPU."""
         p = Processor(
-            NONE if dom >= 0 else cpu, dom, vcpu, known=self.from_boot, spurious_vector=self.spurious_vector
+            NONE if dom >= 0 else cpu,
+            dom,
+            vcpu,
+            known=self.from_boot or dom in self.born,
+            spurious_vector=self.spurious_vector,
         )
         self.processors[key] = p
         self.serials[key] = len(self.by_serial)
@@ -170,7 +176,7 @@ class ApicMachine(Machine):
         p.requested_at.pop(vector, 0)
         p.frames.append((vector, t))
         p.recent.append((t, seq, vector))
-        counter = (key << 8) | vector
+        counter = key << 9 | vector
         self.deliveries[counter] = self.deliveries.get(counter, 0) + 1
         self.monitor.entered(p, vector, t, seq)
         if p.dom in self.ioapics:
@@ -183,7 +189,7 @@ class ApicMachine(Machine):
         vector = p.lapic.eoi()
         p.recent.append((t, seq, -1))
         p.deliverable_since = t
-        counter = (key << 8) | (vector & 0xFF)
+        counter = key << 9 | (vector if vector >= 0 else UNSEEN)
         self.eois[counter] = self.eois.get(counter, 0) + 1
         if not self.exits_traced and vector >= 0:
             # Without exit records the EOI is the only sign that a handler ends.
@@ -216,8 +222,10 @@ class ApicMachine(Machine):
             p.conf = CONF_FROM_HALT
         p.frames_known = True
 
-    def reset(self, p: Processor) -> None:
-        """A new vCPU, INIT or power-up."""
+    def reset(self, p: Processor, dom: int, vcpu: int) -> None:
+        """A new vCPU, INIT or power-up; without a vCPU, a whole new domain."""
+        if dom != NONE and vcpu == NONE:
+            self.born.add(dom)
         p.lapic.reset()
         p.frames.clear()
         p.frames_known = True
@@ -344,7 +352,8 @@ class ApicMachine(Machine):
         }
         for name, counters in (("deliveries", self.deliveries), ("eois", self.eois)):
             for counter, count in sorted(counters.items()):
-                p = self.processors[counter >> 8]
+                p = self.processors[counter >> 9]
                 owner = f"d{p.dom}v{p.vcpu}" if p.dom >= 0 else f"cpu{p.cpu}"
-                result[f"{name}.{owner}.{counter & 0xFF:#04x}"] = count
+                vector = "unknown" if counter & UNSEEN else f"{counter & 0xFF:#04x}"
+                result[f"{name}.{owner}.{vector}"] = count
         return result

@@ -70,6 +70,7 @@ class HpetBroadcast(Machine):
         self.wake_ipis = 0
         self.joins = 0
         self.shortens = 0
+        self.ignored_entries = 0
 
     def load(self, init: Mapping[str, Any]) -> None:
         """`init.S1.channels[]` = {owner, dest, members, next, deadlines}: CPUs that already sleep."""
@@ -122,6 +123,7 @@ class HpetBroadcast(Machine):
     def enter(self, cpu: Cpu, deadline: int) -> None:
         """A CPU goes idle with an absolute deadline. Ignored when it is asleep already."""
         if cpu.asleep:
+            self.ignored_entries += 1
             return
         cpu.asleep = True
         cpu.deadline = deadline
@@ -135,6 +137,8 @@ class HpetBroadcast(Machine):
     def leave(self, cpu: Cpu, *, unrelated: bool) -> None:
         """A8/B6-B8: the CPU leaves idle and its channel; one that was woken too early will go back to sleep."""
         cpu.asleep = False
+        if not unrelated:
+            self.effects.append((self.now, cpu.index))
         deadline = cpu.deadline
         self.monitor.woke(self.now, cpu.index, deadline, unrelated=unrelated)
         channel = self.channels[cpu.channel] if cpu.channel != NONE else None
@@ -265,6 +269,7 @@ class HpetBroadcast(Machine):
             "wake_ipis": self.wake_ipis,
             "joins": self.joins,
             "shortens": self.shortens,
+            "ignored_idle_entries": self.ignored_entries,
             "early_wakeups": self.monitor.early_wakeups,
             "max_lateness_ns": self.monitor.max_lateness_ns,
             "max_nesting": self.monitor.max_nesting,

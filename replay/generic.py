@@ -1,0 +1,31 @@
+"""Divergence codes that belong to no system (spec 0.8)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from replay.declare import Code
+
+__all__ = ["CODES", "UNCALIBRATED"]
+
+UNCALIBRATED: Final = Code(
+    "model-uncalibrated",
+    "warn",
+    "0.5",
+    "comparison of a what-if run of the recorded policy with the recording",
+    "The model of the policy that really ran does not reproduce the recording's own numbers within the tolerance.",
+    "Stimuli that are not recorded, latencies that differ from the model's, or another algorithm than assumed.",
+    "the recorded policy's numbers agree within `calibration_tolerance`",
+    thresholds=("calibration_tolerance",),
+)
+LOST_WINDOW: Final = Code(
+    "trace-lost-window",
+    "info",
+    "U2",
+    "the recorder's own lost-record marks",
+    "Records are missing; what they could have changed is unknown until the next event that tells.",
+    "The recorder's buffer was too small or its reader too slow.",
+    needs=("trace.lost",),
+)
+
+CODES: Final = (UNCALIBRATED, LOST_WINDOW)

@@ -1,0 +1,358 @@
+"""HPET broadcast, recorded: the rules of S1.7 on what really happened, as far as the recording shows it.
+
+Stock recorders name no owner and no comparator, so this machine infers: a channel's interrupt is pointed at its owner
+when the channel is attached or handed over; a CPU that is awake owns nothing under the recorded policy; a CPU that
+wakes right after another's handler was served by it. Whatever rests on such an inference has confidence 50 and is
+never more than a warning; with owners in the recording (`hpet.program`) the same rules speak with full severity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+from replay.agenda import SOFTWARE
+from replay.declare import Config
+from replay.events import INF, KIND_ID, NIL, NONE
+from replay.knowledge import UNKNOWN
+from replay.machine import Machine
+from replay.sink import Evidence, Sink
+from replay.systems.hpet_broadcast import codes
+
+__all__ = ["RecordedBroadcast"]
+
+ENTER: Final = KIND_ID["idle.enter"]
+EXIT: Final = KIND_ID["idle.exit"]
+BEGIN: Final = KIND_ID["hpet.handler.begin"]
+END: Final = KIND_ID["hpet.handler.end"]
+RETARGET: Final = KIND_ID["hpet.retarget"]
+PROGRAM: Final = KIND_ID["hpet.program"]
+LOST: Final = KIND_ID["trace.lost"]
+
+# Why a CPU woke: `tgt` of idle.exit.
+BY_HPET: Final = 1
+BY_BROADCAST: Final = 2
+
+# Actions of the agenda.
+JUDGE: Final = 1
+MISSED: Final = 2
+
+#: Confidence of whatever is inferred from stock records.
+INFERRED: Final = 50
+
+
+class _Cpu:
+    """What is known of a CPU. `asleep` is 0, 1 or UNKNOWN; `since` is when that began (ns)."""
+
+    __slots__ = ("asleep", "deadline", "enter_seq", "generation", "index", "since", "stack")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.asleep = UNKNOWN
+        self.since = 0
+        self.deadline = INF
+        self.enter_seq = NONE
+        self.generation = 0
+        self.stack: list[tuple[int, int, int]] = []  # (channel, begin ns, seq)
+
+
+class _Channel:
+    """What is known of a channel: where its interrupt is pointed, since when, and the owner if it is recorded."""
+
+    __slots__ = ("index", "moved_at", "moved_seq", "owner", "target")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.target = NONE
+        self.moved_at = 0
+        self.moved_seq = NONE
+        self.owner = NONE
+
+
+class _Suspect:
+    """A handler on a CPU that was awake: whom did it serve?"""
+
+    __slots__ = ("awake_since", "begin", "channel", "cpu", "seq", "served")
+
+    def __init__(self, channel: int, cpu: int, begin: int, seq: int, awake_since: int) -> None:
+        self.channel = channel
+        self.cpu = cpu
+        self.begin = begin
+        self.seq = seq
+        self.awake_since = awake_since
+        self.served: list[tuple[int, int, int, int]] = []  # (cpu, wake ns, seq, deadline)
+
+
+class RecordedBroadcast(Machine):
+    """State of idle CPUs and channel interrupts as recorded."""
+
+    columns: ClassVar[tuple[str, ...]] = ("kind", "seq", "t_ns", "cpu", "obj", "tgt", "val", "val2")
+
+    def __init__(self, config: Config, sink: Sink) -> None:
+        super().__init__(sink)
+        self.slop_ns = config.integer("slop_ns")
+        self.miss_ns = config.integer("miss_ns")
+        self.stack_limit = config.integer("stack_limit")
+        self.inflight_ns = config.integer("inflight_ns")
+        self.exit_latency_ns = config.integer("exit_latency_ns")
+        self.exit_path_ns = config.integer("exit_path_ns")
+        self.remote_wake_ns = config.integer("remote_wake_ns")
+        self.cpus: dict[int, _Cpu] = {}
+        self.channels: dict[int, _Channel] = {}
+        self.suspects: list[_Suspect] = []
+        self.serial = 0
+        self.handlers = 0
+        self.own_wakes = 0
+        self.remote_wakes = 0
+        self.other_wakes = 0
+        self.retargets = 0
+        self.awake_handlers = 0
+        self.early = 0
+        self.max_lateness = 0
+        self.max_nesting = 0
+        self.sleeps = 0
+
+    # -- event glue --------------------------------------------------------------------------------------------
+
+    def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
+        for kind, seq, t, cpu, obj, tgt, val, _ in rows:
+            self.advance(t)
+            if kind == ENTER:
+                self.enter(self.cpu(cpu), val, seq)
+            elif kind == EXIT:
+                self.exit(self.cpu(cpu), obj, tgt, seq)
+            elif kind == BEGIN:
+                self.begin(self.channel(obj), self.cpu(cpu), seq)
+            elif kind == END:
+                self.end(self.cpu(cpu), obj)
+            elif kind == RETARGET:
+                self.retarget(self.channel(obj), tgt, val, cpu, seq)
+            elif kind == PROGRAM:
+                self.channel(obj).owner = tgt if tgt != NONE else cpu
+            elif kind == LOST:
+                self.taint(cpu, val, t)
+
+    def cpu(self, index: int) -> _Cpu:
+        """State of a CPU, unknown at first."""
+        found = self.cpus.get(index)
+        if found is None:
+            found = self.cpus[index] = _Cpu(index)
+        return found
+
+    def channel(self, index: int) -> _Channel:
+        """State of a channel, unknown at first."""
+        found = self.channels.get(index)
+        if found is None:
+            found = self.channels[index] = _Channel(index)
+        return found
+
+    def fire(self, action: int, a: int, b: int, c: int) -> None:
+        if action == JUDGE:
+            for suspect in self.suspects:
+                if suspect.seq == a and suspect.begin == b:
+                    self.suspects.remove(suspect)
+                    self.judge(suspect)
+                    break
+        elif action == MISSED:
+            p = self.cpus[a]
+            if p.generation == c and p.asleep == 1:
+                self.missed(p, self.now, NONE)
+
+    # -- idle --------------------------------------------------------------------------------------------------
+
+    def enter(self, p: _Cpu, deadline: int, seq: int) -> None:
+        """A CPU goes to sleep; its deadline is what the governor expected."""
+        p.asleep = 1
+        p.since = self.now
+        p.enter_seq = seq
+        p.deadline = deadline if deadline not in (NIL, 0) else INF
+        p.generation += 1
+        self.sleeps += 1
+        if p.deadline < INF:
+            self.agenda.at(p.deadline + self.miss_ns, SOFTWARE, MISSED, p.index, 0, p.generation)
+
+    def exit(self, p: _Cpu, obj: int, reason: int, seq: int) -> None:
+        """A CPU woke, by its own channel, by another CPU's handler, or by something else."""
+        if reason == BY_HPET:
+            self.own_wakes += 1
+        elif reason == BY_BROADCAST:
+            self.remote_wakes += 1
+            for suspect in self.suspects:
+                if suspect.channel == obj and suspect.cpu != p.index:
+                    suspect.served.append((p.index, self.now, seq, p.deadline))
+        else:
+            self.other_wakes += 1
+        if p.asleep == 1 and p.deadline < INF:
+            self.woke(p, reason, seq)
+        p.asleep = 0
+        p.since = self.now
+        p.deadline = INF
+        p.generation += 1
+
+    def woke(self, p: _Cpu, reason: int, seq: int) -> None:
+        """Wake against deadline. Another CPU may have moved the deadline meanwhile, so this is never certain."""
+        lateness = self.now - p.deadline
+        by_hpet = reason in (BY_HPET, BY_BROADCAST)
+        if by_hpet:
+            self.max_lateness = max(self.max_lateness, lateness)
+        if lateness > self.slop_ns + self.exit_latency_ns:
+            if by_hpet:
+                self.sink.report(
+                    codes.LATE_WAKEUP, self.now, cpu=p.index, val=lateness, t_first=p.deadline, seq=seq,
+                    severity="warn", conf=INFERRED,
+                    expected="wake at the deadline", observed=f"{lateness} ns later", evidence=self.sleep_story(p, seq),
+                )  # fmt: skip
+            elif lateness >= self.miss_ns:
+                pass  # reported by the time-out
+            else:
+                self.missed(p, self.now, seq)
+        elif by_hpet and lateness < -(self.slop_ns + 2_000):
+            self.early += 1
+            self.sink.report(
+                codes.EARLY_WAKEUP, self.now, cpu=p.index, val=lateness, seq=seq, conf=INFERRED,
+                expected="sleep until the deadline", observed=f"woken {-lateness} ns before",
+                evidence=self.sleep_story(p, seq),
+            )  # fmt: skip
+
+    def missed(self, p: _Cpu, t: int, seq: int) -> None:
+        """Still asleep, or rescued by something unrelated, after the deadline."""
+        self.sink.report(
+            codes.MISSED_WAKEUP, t, cpu=p.index, val=t - p.deadline, t_first=p.deadline, seq=seq,
+            severity="warn", conf=INFERRED,
+            expected="a wake at the deadline", observed=f"asleep {t - p.deadline} ns longer",
+            evidence=self.sleep_story(p, seq),
+        )  # fmt: skip
+
+    def sleep_story(self, p: _Cpu, seq: int) -> tuple[Evidence, ...]:
+        """When it went to sleep, when it wanted to wake, when it did."""
+        return (
+            Evidence(p.since, p.enter_seq, f"cpu {p.index} goes idle, expects to sleep {p.deadline - p.since} ns"),
+            Evidence(p.deadline, None, "its deadline"),
+            Evidence(self.now, None if seq == NONE else seq, f"cpu {p.index} leaves idle"),
+        )
+
+    # -- interrupts --------------------------------------------------------------------------------------------
+
+    def retarget(self, ch: _Channel, target: int, old: int, by: int, seq: int) -> None:
+        """A5: the channel's interrupt is pointed at a CPU, its owner from now on."""
+        if ch.target not in (NONE, target):
+            self.retargets += 1
+            self.sink.report(
+                codes.RETARGET, self.now, cpu=by, obj=ch.index, tgt=target, val=ch.target, seq=seq, conf=80,
+                expected="", observed=f"pointed from cpu {ch.target} to cpu {target} by cpu {by}",
+            )  # fmt: skip
+        ch.target = target
+        ch.moved_at = self.now
+        ch.moved_seq = seq
+
+    def begin(self, ch: _Channel, p: _Cpu, seq: int) -> None:
+        """A6: a channel's handler starts on a CPU."""
+        self.handlers += 1
+        p.stack.append((ch.index, self.now, seq))
+        depth = len(p.stack)
+        self.max_nesting = max(self.max_nesting, depth)
+        if depth > 1:
+            self.nested(p, ch, depth, seq)
+        if ch.owner != NONE:
+            if ch.owner != p.index:
+                self.wrong_cpu(ch, p.index, ch.owner, seq, certain=True, story=self.target_story(ch))
+        elif p.asleep == 0 and self.now - p.since > self.exit_path_ns:
+            # Awake CPUs own nothing; whom this handler serves shows in the next moments.
+            self.awake_handlers += 1
+            self.suspects.append(_Suspect(ch.index, p.index, self.now, seq, p.since))
+            self.agenda.at(self.now + self.remote_wake_ns + self.exit_path_ns, SOFTWARE, JUDGE, seq, self.now)
+        elif ch.target not in (NONE, p.index) and self.now - ch.moved_at > self.inflight_ns:
+            owner = self.cpus.get(ch.target)
+            if owner is not None and owner.asleep == 1 and owner.since >= ch.moved_at - self.exit_path_ns:
+                self.wrong_cpu(ch, p.index, ch.target, seq, certain=False, story=self.target_story(ch))
+
+    def end(self, p: _Cpu, channel: int) -> None:
+        """The handler returned."""
+        for index in range(len(p.stack) - 1, -1, -1):
+            if p.stack[index][0] == channel:
+                del p.stack[index]
+                return
+
+    def nested(self, p: _Cpu, ch: _Channel, depth: int, seq: int) -> None:
+        """A6: intervals that contain each other on one CPU."""
+        story = tuple(Evidence(t, s, f"channel {c} handler begins") for c, t, s in p.stack)
+        self.sink.report(
+            codes.NESTED_IRQ, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq,
+            expected="no handler below it", observed=f"depth {depth}", evidence=story,
+        )  # fmt: skip
+        if depth > self.stack_limit:
+            self.sink.report(
+                codes.STACK_DEPTH, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq,
+                expected=f"depth at most {self.stack_limit}", observed=f"depth {depth}", evidence=story,
+            )  # fmt: skip
+
+    def target_story(self, ch: _Channel) -> tuple[Evidence, ...]:
+        """Where the channel was pointed last."""
+        if ch.target == NONE:
+            return ()
+        return (Evidence(ch.moved_at, ch.moved_seq, f"channel {ch.index} pointed at cpu {ch.target}"),)
+
+    def wrong_cpu(
+        self, ch: _Channel, cpu: int, owner: int, seq: int, *, certain: bool, story: tuple[Evidence, ...]
+    ) -> None:
+        """A6: without owners in the recording the message may have been accepted before the channel was moved."""
+        self.sink.report(
+            codes.WRONG_CPU, self.now, cpu=cpu, obj=ch.index, val=owner, seq=seq,
+            severity="" if certain else "warn", conf=100 if certain else INFERRED,
+            tags=() if certain else ("inferred",),
+            expected=f"interrupt on cpu {owner}", observed=f"handler on cpu {cpu}",
+            evidence=(*story, Evidence(self.now, seq, f"handler of channel {ch.index} begins on cpu {cpu}")),
+        )  # fmt: skip
+
+    def judge(self, s: _Suspect) -> None:
+        """The handler ran on a CPU that was awake: it served sleepers elsewhere, or nobody."""
+        p = self.cpus[s.cpu]
+        if p.asleep == UNKNOWN or (p.asleep == 1 and p.since > s.begin):
+            return  # on its way into idle: it may have owned the channel already
+        label = f"handler of channel {s.channel} begins on cpu {s.cpu}, awake for {s.begin - s.awake_since} ns"
+        began = Evidence(s.begin, s.seq, label)
+        ch = self.channels[s.channel]
+        if s.served:
+            cpu, woke, seq, _ = s.served[0]
+            self.sink.report(
+                codes.WRONG_CPU, s.begin, cpu=s.cpu, obj=s.channel, val=cpu, seq=s.seq,
+                severity="warn", conf=INFERRED, tags=("inferred",),
+                expected=f"interrupt on cpu {cpu}, which slept on it", observed=f"handler on cpu {s.cpu}, awake",
+                evidence=(*self.target_story(ch), began, Evidence(woke, seq, f"cpu {cpu} leaves idle")),
+            )  # fmt: skip
+            return
+        self.sink.report(
+            codes.SPURIOUS_IRQ, s.begin, cpu=s.cpu, obj=s.channel, seq=s.seq, severity="warn", conf=INFERRED,
+            tags=("inferred",), expected="an armed channel has an owner that sleeps",
+            observed=f"handler on cpu {s.cpu}, awake, and nobody woke",
+            evidence=(*self.target_story(ch), began),
+        )  # fmt: skip
+
+    # -- ignorance ---------------------------------------------------------------------------------------------
+
+    def taint(self, cpu: int, t0: int, t1: int) -> None:
+        """U2: the CPU's idle state and stack are unknown, and it may have moved any channel."""
+        for p in self.cpus.values():
+            if cpu in (NONE, p.index):
+                p.asleep = UNKNOWN
+                p.deadline = INF
+                p.generation += 1
+                p.stack.clear()
+        for ch in self.channels.values():
+            ch.target = NONE
+            ch.owner = NONE
+        self.suspects.clear()
+
+    def metrics(self) -> dict[str, int]:
+        return {
+            "sleeps": self.sleeps,
+            "hpet_irqs": self.handlers,
+            "hpet_retargets": self.retargets,
+            "wakes_by_own_channel": self.own_wakes,
+            "wakes_by_broadcast": self.remote_wakes,
+            "wakes_by_other": self.other_wakes,
+            "handlers_on_awake_cpu": self.awake_handlers,
+            "early_wakeups": self.early,
+            "max_lateness_ns": self.max_lateness,
+            "max_nesting": self.max_nesting,
+        }

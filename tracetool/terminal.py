@@ -1,0 +1,66 @@
+"""What goes to the terminal: progress on stderr, data on stdout, nothing that could control either."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+__all__ = ["clean", "error", "note", "progress_bar"]
+
+#: A bar appears only when the work has taken this long (seconds).
+PATIENCE: Final = 0.6
+
+
+def clean(text: str) -> str:
+    """A string of unknown origin, safe to print: control and direction-changing characters are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def error(text: str) -> None:
+    """One line on stderr."""
+    print(f"tracetool: {clean(text)}", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """One informative line on stderr."""
+    print(clean(text), file=sys.stderr)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callable (what, done, total) that draws a bar with rate and time left; None when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, int] = {}
+
+    def advance(what: str, done: int, total: int) -> None:
+        if time.monotonic() - started < PATIENCE:
+            return
+        if not bar.live.is_started:
+            bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
