@@ -49,7 +49,7 @@ AFFINITY_STALE: Final = Code(
     "A channel got a new owner, but its interrupt could not be moved there.",
     "A second move before any interrupt arrived through the new vector is refused (-EAGAIN).",
     "the policy does not move interrupts",
-    needs=("hpet.retarget",),
+    needs=("hpet.retarget", "hpet.program"),
 )
 NESTED_IRQ: Final = Code(
     "hpet-nested-irq",

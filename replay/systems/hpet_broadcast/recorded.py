@@ -29,6 +29,9 @@ RETARGET: Final = KIND_ID["hpet.retarget"]
 PROGRAM: Final = KIND_ID["hpet.program"]
 LOST: Final = KIND_ID["trace.lost"]
 
+#: Flag of hpet.retarget: the move was refused.
+REFUSED: Final = 1
+
 # Why a CPU woke: `tgt` of idle.exit.
 BY_HPET: Final = 1
 BY_BROADCAST: Final = 2
@@ -86,7 +89,7 @@ class _Suspect:
 class RecordedBroadcast(Machine):
     """State of idle CPUs and channel interrupts as recorded."""
 
-    columns: ClassVar[tuple[str, ...]] = ("kind", "seq", "t_ns", "cpu", "obj", "tgt", "val", "val2")
+    columns: ClassVar[tuple[str, ...]] = ("kind", "seq", "t_ns", "cpu", "obj", "tgt", "val", "flags")
 
     def __init__(self, config: Config, sink: Sink) -> None:
         super().__init__(sink)
@@ -115,7 +118,7 @@ class RecordedBroadcast(Machine):
     # -- event glue --------------------------------------------------------------------------------------------
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
-        for kind, seq, t, cpu, obj, tgt, val, _ in rows:
+        for kind, seq, t, cpu, obj, tgt, val, flags in rows:
             self.advance(t)
             if kind == ENTER:
                 self.enter(self.cpu(cpu), val, seq)
@@ -126,7 +129,10 @@ class RecordedBroadcast(Machine):
             elif kind == END:
                 self.end(self.cpu(cpu), obj)
             elif kind == RETARGET:
-                self.retarget(self.channel(obj), tgt, val, cpu, seq)
+                if flags & REFUSED:
+                    self.refused(self.channel(obj), tgt, val, seq)
+                else:
+                    self.retarget(self.channel(obj), tgt, cpu, seq)
             elif kind == PROGRAM:
                 self.channel(obj).owner = tgt if tgt != NONE else cpu
             elif kind == LOST:
@@ -233,7 +239,15 @@ class RecordedBroadcast(Machine):
 
     # -- interrupts --------------------------------------------------------------------------------------------
 
-    def retarget(self, ch: _Channel, target: int, old: int, by: int, seq: int) -> None:
+    def refused(self, ch: _Channel, owner: int, dest: int, seq: int) -> None:
+        """A5: the channel has a new owner, the message goes on to the old one."""
+        self.sink.report(
+            codes.AFFINITY_STALE, self.now, cpu=owner, obj=ch.index, val=dest, seq=seq,
+            expected=f"message to cpu {owner}", observed=f"still to cpu {dest}", evidence=self.target_story(ch),
+        )  # fmt: skip
+        ch.owner = owner
+
+    def retarget(self, ch: _Channel, target: int, by: int, seq: int) -> None:
         """A5: the channel's interrupt is pointed at a CPU, its owner from now on."""
         if ch.target not in (NONE, target):
             self.retargets += 1

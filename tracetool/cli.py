@@ -1,0 +1,186 @@
+"""The command line. Heavy imports happen inside the commands: `--help` needs none of them."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracetool import __version__, exits, terminal
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="tracetool",
+    help="Find the lost interrupt in a Xen, KVM or Linux recording by replaying it through reference models.",
+    epilog="First steps:  tracetool replay RECORDING   then   tracetool report DATASET -o report.html",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the documented JSON object on stdout.")]
+Hz = Annotated[str | None, typer.Option("--cpu-hz", help="Stamp frequency, e.g. 2.4G; replaces what is derived.")]
+XenVersion = Annotated[str | None, typer.Option("--xen-version", help="E.g. 4.17; decides what cannot be told.")]
+Format = Annotated[str | None, typer.Option("--format", help="Read as this format instead of recognising it.")]
+HpetIrqs = Annotated[str | None, typer.Option("--hpet-irqs", help="Interrupts of the HPET channels, e.g. 24,25,26.")]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", "-p", help="current, proposed, NAME, SYSTEM=NAME or ./file.py:Class; repeat to compare."),
+]
+Systems = Annotated[list[str] | None, typer.Option("--system", "-s", help="Only this system; repeat for more.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="A threshold, for instance hpet.slop_ns=50000.")]
+Config = Annotated[Path | None, typer.Option("--config", help="File with thresholds (default: ./tracetool.toml).")]
+FailOn = Annotated[str, typer.Option("--fail-on", help="Exit with 1 from this severity on: error, warn, info, never.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"tracetool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example:  tracetool ingest boot.xentrace.zst -o boot.dataset")
+def ingest(
+    recordings: Annotated[
+        list[str], typer.Argument(metavar="RECORDING...", help="Files, compressed or not; - is stdin.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new dataset.")],
+    json: Json = False,
+    cpu_hz: Hz = None,
+    xen_version: XenVersion = None,
+    format: Format = None,
+    hpet_irqs: HpetIrqs = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a dataset that is there already.")] = False,
+) -> None:
+    """Read recordings into a dataset of Arrow tables, losing nothing."""
+    from tracetool import commands
+
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force)
+    raise typer.Exit(commands.ingest(recordings, output, options, json=json))
+
+
+@app.command(epilog="Example:  tracetool info boot.dataset")
+def info(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to look at.")],
+    json: Json = False,
+    cpu_hz: Hz = None,
+    xen_version: XenVersion = None,
+    format: Format = None,
+    hpet_irqs: HpetIrqs = None,
+) -> None:
+    """Say what was recorded, how well, and which systems can be checked."""
+    from tracetool import commands
+
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    raise typer.Exit(commands.info(target, options, json=json))
+
+
+@app.command(epilog="Example:  tracetool replay boot.xentrace.zst --policy current --policy proposed")
+def replay(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING|SCENARIO.json", help="What to replay.")],
+    policy: Policies = None,
+    system: Systems = None,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+    fail_on: FailOn = "error",
+    cpu_hz: Hz = None,
+    xen_version: XenVersion = None,
+    format: Format = None,
+    hpet_irqs: HpetIrqs = None,
+) -> None:
+    """Replay through the reference models and say where recording and model part."""
+    from tracetool import commands
+
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config, options)
+    raise typer.Exit(commands.replay(request, json=json, fail_on=fail_on))
+
+
+@app.command(epilog="Example:  tracetool report boot.dataset -o report.html")
+def report(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to report on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="report.html, .txt, .md, .json or .xml (JUnit).")],
+    policy: Policies = None,
+    system: Systems = None,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+    fail_on: FailOn = "never",
+    cpu_hz: Hz = None,
+    xen_version: XenVersion = None,
+    format: Format = None,
+    hpet_irqs: HpetIrqs = None,
+) -> None:
+    """Write the report that people attach to a bug."""
+    from tracetool import commands
+
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    chosen = tuple(policy or ("current", "proposed"))
+    request = commands.Request(target, chosen, tuple(system or ()), tuple(set or ()), config, options)
+    raise typer.Exit(commands.report(request, output, json=json, fail_on=fail_on))
+
+
+@app.command(epilog="Example:  tracetool explain hpet-wrong-cpu")
+def explain(
+    code: Annotated[str, typer.Argument(metavar="CODE", help="A divergence code.")],
+    json: Json = False,
+) -> None:
+    """Explain a divergence code: rule, source, probable cause, thresholds."""
+    from tracetool import commands
+
+    raise typer.Exit(commands.explain(code, json=json))
+
+
+@app.command(epilog="Example:  tracetool selftest")
+def selftest(
+    scenarios: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Scenarios to run (default: those shipped with the tool).")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run the conformance scenarios under every policy they list."""
+    from tracetool import commands
+
+    raise typer.Exit(commands.selftest(scenarios, json=json))
+
+
+def run(arguments: Sequence[str], *, debug: bool = False) -> int:
+    """Run a command line; returns the exit code. Whatever goes wrong is one line on stderr."""
+    try:
+        result = app(list(arguments), standalone_mode=False)
+    except KeyboardInterrupt:
+        terminal.error("interrupted; nothing half-written was left")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return exits.CLEAN
+    except Exception as error:  # the one place where exceptions end
+        if debug:
+            traceback.print_exc()
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            if str(error) or hasattr(error, "format_message"):
+                message = error.format_message() if hasattr(error, "format_message") else str(error)
+                if message:
+                    terminal.error(message)
+            return code
+        text, status = exits.describe(error)
+        terminal.error(text)
+        return status
+    return result if isinstance(result, int) else exits.CLEAN

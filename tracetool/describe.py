@@ -1,0 +1,259 @@
+"""Words and documents for people and programs: ingest, info, runs, codes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from replay.declare import Code, Parameter
+from tracetool.ingest import Ingested
+from tracetool.results import SEVERITIES, fold
+from tracetool.store import Dataset
+from tracetool.terminal import clean
+
+__all__ = ["code_document", "code_text", "info_document", "info_text", "ingest_document", "ingest_text", "runs_text"]
+
+
+def _seconds(ns: int | None, unit: str) -> str:
+    if ns is None:
+        return "?"
+    return f"{ns / 1e9:.6f} s" if unit == "ns" else f"{ns:,} ticks"
+
+
+# -- ingest --------------------------------------------------------------------------------------------------------
+
+
+def _note_counts(notes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    counts: dict[str, int] = {}
+    for note in notes:
+        counts[note["code"]] = counts.get(note["code"], 0) + note["count"]
+    return [{"code": code, "count": count} for code, count in sorted(counts.items())]
+
+
+def ingest_document(done: Ingested) -> dict[str, Any]:
+    """`ingest --json`."""
+    m = done.manifest
+    return {
+        "schema": 1,
+        "output": str(done.path),
+        "bytes": m["bytes"],
+        "records": m["counts"],
+        "gaps": done.gaps,
+        "clock": m["clock"],
+        "notes": _note_counts(done.notes),
+    }
+
+
+def ingest_text(done: Ingested) -> str:
+    """A few lines that say what was read."""
+    m = done.manifest
+    span = m["span"]
+    unit = m["clock"]["unit"]
+    lines = [
+        f"{done.path}: {span['records']:,} records, {_seconds(span['t1_ns'] - span['t0_ns'], unit)}, "
+        f"{len(m['cpus'])} CPUs, {m['events']:,} canonical events",
+        f"  clock    {_clock(m['clock'])}",
+        f"  bytes    {m['bytes']['parsed']:,} parsed, {m['bytes']['skipped']:,} skipped of {m['bytes']['total']:,}",
+    ]
+    if done.gaps:
+        lines.append(f"  gaps     {len(done.gaps)}: {_gap_summary(done.gaps)}")
+    shown = [n for n in done.notes if n["severity"] != "info"]
+    lines.extend(f"  {n['severity']:<8} {clean(n['text'])}" for n in shown[:8])
+    if len(shown) > 8:
+        lines.append(f"           and {len(shown) - 8} more (tracetool info)")
+    return "\n".join(lines)
+
+
+def _clock(clock: Mapping[str, Any]) -> str:
+    if clock["hz"] is None:
+        return f"unknown frequency, times stay in ticks ({clock['doc']}); give --cpu-hz"
+    error = f", +-{clock['error_ppm']:.2g} ppm" if clock.get("error_ppm") is not None else ""
+    return f"{clock['hz'] / 1e6:.3f} MHz from {clock['origin']}{error}"
+
+
+def _gap_summary(gaps: Sequence[Mapping[str, Any]]) -> str:
+    reasons: dict[str, int] = {}
+    for gap in gaps:
+        reasons[gap["reason"]] = reasons.get(gap["reason"], 0) + 1
+    lost = sum(g["lost"] or 0 for g in gaps)
+    words = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+    return f"{words}; {lost:,} records lost" if lost else words
+
+
+# -- info ----------------------------------------------------------------------------------------------------------
+
+
+def info_document(dataset: Dataset) -> dict[str, Any]:
+    """`info --json`."""
+    from replay.coverage import coverage
+    from replay.systems import SYSTEMS
+    from tracetool.replaying import blind_share, observations
+
+    m = dataset.manifest
+    seen = observations(dataset)
+    return {
+        "schema": 1,
+        "dataset": str(dataset.path),
+        "inputs": m["inputs"],
+        "span": m["span"],
+        "cpus": m["cpus"],
+        "domains": m["facts"].get("domains", {}),
+        "clock": m["clock"],
+        "bytes": m["bytes"],
+        "records": m["counts"],
+        "events": m["events"],
+        "gaps": dataset.gaps(),
+        "blind_share": blind_share(dataset),
+        "notes": _note_counts(dataset.notes()),
+        "facts": m["facts"],
+        "systems": {
+            name: [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in coverage(system, seen)]
+            for name, system in SYSTEMS.items()
+        },
+    }
+
+
+def info_text(dataset: Dataset) -> str:
+    """What a person asks first."""
+    d = info_document(dataset)
+    unit = d["clock"]["unit"]
+    span = d["span"]
+    source = d["inputs"][0]
+    lines = [
+        f"{clean(str(source['name']))}  ({source['format']}, {source['bytes']:,} bytes)",
+        f"sha256    {source['sha256']}",
+        f"span      {_seconds(span['t1_ns'] - span['t0_ns'], unit)}, {span['records']:,} records",
+        f"CPUs      {', '.join(map(str, d['cpus']))}",
+        f"domains   {_domains(d['domains'])}",
+        f"clock     {_clock(d['clock'])}",
+        f"bytes     {d['bytes']['parsed']:,} parsed, {d['bytes']['skipped']:,} skipped",
+        f"gaps      {_gaps(d)}",
+        "",
+        "records",
+    ]
+    top = sorted(d["records"].items(), key=lambda item: -item[1])
+    lines.extend(f"  {count:>12,}  {clean(name)}" for name, count in top[:16])
+    if len(top) > 16:
+        lines.append(f"  {sum(c for _, c in top[16:]):>12,}  in {len(top) - 16} other kinds")
+    lines += ["", "what can be checked"]
+    for name, rules in d["systems"].items():
+        lines.extend(_coverage_lines(name, rules, d["facts"].get(name)))
+    loud = [n for n in dataset.notes() if n["severity"] != "info"]
+    if loud:
+        lines += ["", "notes", *(f"  {n['severity']}: {clean(n['text'])} (offset {n['offset']})" for n in loud[:12])]
+    return "\n".join(lines)
+
+
+def _domains(domains: Mapping[str, int]) -> str:
+    if not domains:
+        return "unknown (no scheduler records)"
+    return ", ".join(f"d{dom} ({n} vCPU{'s' if n > 1 else ''})" for dom, n in domains.items())
+
+
+def _gaps(document: Mapping[str, Any]) -> str:
+    gaps = document["gaps"]
+    return f"{len(gaps)}: {_gap_summary(gaps)}; {document['blind_share']:.2%} of the time" if gaps else "none"
+
+
+def _coverage_lines(name: str, rules: Sequence[Mapping[str, str]], why: Any) -> list[str]:
+    states = {s: [r for r in rules if r["state"] == s] for s in ("checked", "inferred", "blind")}
+    counted = ", ".join(f"{len(v)} {k}" for k, v in states.items() if v)
+    reason = f"  ({why})" if isinstance(why, str) else ""
+    lines = [f"  {name:<9} {counted}{reason}"]
+    if states["checked"] or states["inferred"]:
+        for state in ("checked", "inferred", "blind"):
+            if states[state]:
+                listed = ", ".join(r["rule"] for r in states[state])
+                lines += textwrap.wrap(f"{state}: {listed}", 96, initial_indent=" " * 12, subsequent_indent=" " * 14)
+    return lines
+
+
+# -- replay --------------------------------------------------------------------------------------------------------
+
+
+def runs_text(runs: Sequence[Mapping[str, Any]], dataset: Dataset | None, *, title: str = "") -> str:
+    """Findings and numbers of some runs, for a terminal or a log."""
+    unit = dataset.manifest["clock"]["unit"] if dataset else "ns"
+    lines = [title] if title else []
+    if not runs:
+        lines.append("inconclusive: nothing in this recording can be checked")
+        for key in ("binding", "hpet", "apic"):
+            why = dataset.manifest["facts"].get(key) if dataset else None
+            if isinstance(why, str):
+                lines.append(f"  {key}: {why}")
+        return "\n".join(lines)
+    for run in runs:
+        lines.extend(_run_lines(run, unit))
+    return "\n".join(lines)
+
+
+def _run_lines(run: Mapping[str, Any], unit: str) -> list[str]:
+    counts = {s: sum(f["severity"] == s for f in run["findings"]) for s in SEVERITIES}
+    found = ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "no findings"
+    lines = [f"{run['system']} under {run['policy']} ({run['mode']}): {run['verdict']}  [{found}]"]
+    calibration = run.get("calibration")
+    if calibration:
+        pairs = ", ".join(f"{k} recorded {a} predicted {b}" for k, (a, b) in calibration["metrics"].items())
+        lines.append(f"  {calibration['state']}: {pairs}")
+    if run["horizon_ns"] is not None:
+        lines.append(f"  the recording is evidence until {_seconds(run['horizon_ns'], unit)}")
+    groups: dict[tuple[str, str], list[Sequence[Mapping[str, Any]]]] = {}
+    for group in fold(run["findings"]):
+        groups.setdefault((group[0]["severity"], group[0]["code"]), []).append(group)
+    for (severity, code), episodes in groups.items():
+        total = sum(len(g) for g in episodes)
+        first = episodes[0][0]
+        where = _where(first)
+        lines.append(f"  {severity:<5} {code}: {total} in {len(episodes)} episodes; first at "
+                     f"{_seconds(first['t_ns'], unit)}{where}")  # fmt: skip
+        if severity != "info":
+            lines.append(f"        expected {clean(first['expected'])}; observed {clean(first['observed'])} "
+                         f"(confidence {first['confidence']})")  # fmt: skip
+    blind = [r["rule"] for r in run["coverage"] if r["state"] == "blind"]
+    if blind:
+        lines += textwrap.wrap(f"not visible in this recording: {', '.join(blind)}", 100, initial_indent="  ",
+                               subsequent_indent="    ")  # fmt: skip
+    metrics = "  ".join(f"{k}={v}" for k, v in run["metrics"].items() if "." not in k and v)
+    lines += textwrap.wrap(metrics, 100, initial_indent="  ", subsequent_indent="  ")
+    return lines
+
+
+def _where(finding: Mapping[str, Any]) -> str:
+    parts = [
+        f"cpu {finding['cpu']}" if finding["cpu"] is not None else "",
+        f"d{finding['dom']}v{finding['vcpu']}" if finding["dom"] is not None and finding["vcpu"] is not None else "",
+        f"object {finding['obj']}" if finding["obj"] is not None else "",
+        f"offset {finding['offset']}" if finding["offset"] is not None else "",
+    ]
+    text = ", ".join(p for p in parts if p)
+    return f" ({text})" if text else ""
+
+
+# -- codes ---------------------------------------------------------------------------------------------------------
+
+
+def code_document(system: str, code: Code) -> dict[str, Any]:
+    """`explain CODE --json`."""
+    return {
+        "code": code.name, "system": system, "severity": code.severity, "rule": code.rule, "source": code.source,
+        "doc": code.doc, "cause": code.cause, "not_when": code.not_when, "needs": list(code.needs),
+        "thresholds": list(code.thresholds),
+    }  # fmt: skip
+
+
+def code_text(system: str, code: Code, parameters: Mapping[str, Parameter]) -> str:
+    """The declaration of a code in words."""
+
+    def item(label: str, text: str) -> list[str]:
+        return textwrap.wrap(f"{label:<14}{text}", 96, subsequent_indent=" " * 14) if text else []
+
+    lines = [f"{code.name}  ({code.severity}, system {system}, rule {code.rule})", ""]
+    lines += item("what", code.doc) + item("cause", code.cause) + item("not when", code.not_when)
+    lines += item("source", code.source)
+    lines += item("needs", ", ".join(n.replace("|", " or ") for n in code.needs))
+    for name in code.thresholds:
+        p = parameters.get(name)
+        if p is not None:
+            lines += item("threshold", f"{system}.{name} = {p.default} {p.unit}: {p.doc}")
+    return "\n".join(lines)

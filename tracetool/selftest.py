@@ -1,0 +1,34 @@
+"""The conformance suite: every scenario under every policy that it lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from replay.declare import UsageError
+from replay.scenario import load_scenario, mismatches, run_scenario
+
+__all__ = ["default_scenarios", "run_selftest"]
+
+
+def default_scenarios() -> Path:
+    """The scenarios shipped with the tool, in a checkout or in an installed package."""
+    for base in (Path(__file__).parent / "scenarios", Path(__file__).parent.parent / "samples" / "scenarios"):
+        if base.is_dir():
+            return base
+    raise UsageError("the conformance scenarios were not installed; name their folder")
+
+
+def run_selftest(folder: Path | None = None) -> list[dict[str, Any]]:
+    """One entry for each policy run: scenario, policy, problems (empty when it passed)."""
+    base = folder or default_scenarios()
+    paths = sorted(base.glob("*.json"))
+    if not paths:
+        raise UsageError(f"{base}: no scenarios (*.json) there")
+    results = []
+    for path in paths:
+        scenario = load_scenario(path)
+        for policy, expected in scenario.policies.items():
+            problems = mismatches(run_scenario(scenario, policy), expected)
+            results.append({"scenario": scenario.id, "policy": policy, "problems": problems})
+    return results
