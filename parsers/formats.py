@@ -21,6 +21,10 @@ FORMATS: tuple[tuple[str, str, str], ...] = (
     ("timer-list", "parsers.debugkeys", "TimerListReader"),
     ("lsevtchn", "parsers.debugkeys", "LsevtchnReader"),
     ("xen-console", "parsers.debugkeys", "XenConsoleReader"),
+    ("systrace", "parsers.ftrace.systrace", "SystraceReader"),
+    ("trace-cmd-report", "parsers.ftrace.text", "TraceCmdReportReader"),
+    ("perf-script", "parsers.ftrace.text", "PerfScriptReader"),
+    ("ftrace", "parsers.ftrace.text", "FtraceTextReader"),
 )  # fmt: skip
 
 

@@ -182,4 +182,7 @@ def _graph(match: re.Match[bytes], row: int, begin: int, end: int) -> tuple[int,
 
 def _empty() -> Records:
     none = np.zeros(0, dtype=np.int64)
-    return Records(*([none] * 9), none.astype(bool), *([none] * 3), none.astype(bool))
+    columns: dict[str, Array] = {}
+    for name in Records.__slots__:
+        columns[name] = none.astype(bool) if name in ("stamped", "graph") else none
+    return Records(**columns)

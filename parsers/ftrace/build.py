@@ -92,12 +92,9 @@ class Builder:
             scan, records, codes, payload_start, names, starts, ends
         )
         count = records.row.size
-        side = self._payload_text(data, text, payload_start, records.end)
         order = np.argsort(codes, kind="stable")
+        payload = self._payload_text(data, text, payload_start, records.end, order)
         common = self._common(data, records, sources, line, order)
-        payload = pl.from_arrow(side)
-        assert isinstance(payload, pl.Series)
-        payload = payload.gather(order)
         edges = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)).tolist()
         parts: dict[str, list[pa.Table]] = {}
         for begin, end in pairwise(edges):
@@ -206,8 +203,8 @@ class Builder:
         return Records(**fields), codes, start, names, unknown[~belongs].tolist()
 
     @staticmethod
-    def _payload_text(data: Array, text: bytes, start: Array, end: Array) -> pa.Array:
-        """Payloads as large strings; those with bytes that need it are escaped one by one."""
+    def _payload_text(data: Array, text: bytes, start: Array, end: Array, order: Array) -> pa.Array:
+        """Payloads in `order` as large strings; those with bytes that need it are escaped one by one."""
         odd = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
         touched = np.zeros(0, dtype=np.int64)
         if odd.size:
@@ -224,7 +221,7 @@ class Builder:
             position += len(better)
         if extra:
             data = np.concatenate((data, np.frombuffer(b"".join(extra), dtype=np.uint8)))
-        raw = binary(data, start, length)
+        raw = binary(data, start[order], length[order])
         return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers())
 
     def _common(
@@ -297,9 +294,9 @@ class Builder:
             own.append(values if values.type == kind else values.cast(kind))
         return pa.Table.from_arrays([*shared, *own], schema=table.schema())
 
-    def _text(self, name: str, shared: list[pa.Array], group: pl.Series, rows: Array) -> pa.Table:
+    def _text(self, name: str, shared: list[pa.Array], group: pa.Array, rows: Array) -> pa.Table:
         index = pa.array(rows)
-        payload = group[rows].to_arrow().cast(pa.string())
+        payload = group.take(index).cast(pa.string())
         columns = [values.take(index) for values in shared]
         return pa.Table.from_arrays([*columns, constant(COMM, name, rows.size), payload], schema=TEXT.schema())
 
@@ -307,7 +304,7 @@ class Builder:
         self,
         name: str,
         shared: list[pa.Array],
-        group: pl.Series,
+        group: pa.Array,
         records: Records,
         index: Array,
         scan: Scan,
@@ -318,16 +315,17 @@ class Builder:
         """Function tracers and stack traces."""
         self.tables.setdefault(name, FIXED[name])
         if name == "function":
-            groups = group.str.extract_groups(r"^\s*(\S+) +<-(\S+)").struct.unnest()
+            groups = pl.Series(group).str.extract_groups(r"^\s*(\S+) +<-(\S+)").struct.unnest()
             own = [groups.to_series(i).to_arrow().cast(pa.string()) for i in (0, 1)]
         elif name == "funcgraph":
             shown = records.duration[index]
-            blank = group.str.len_bytes() - group.str.strip_chars_start(" ").str.len_bytes()
+            calls = pl.Series(group)
+            blank = calls.str.len_bytes() - calls.str.strip_chars_start(" ").str.len_bytes()
             depth = (np.maximum(blank.to_numpy().astype(np.int64) - 2, 0) // 2).clip(0, 65535)
             own = [
                 plain(pa.int64(), shown, shown >= 0),
                 plain(pa.uint16(), depth.astype(np.uint16)),
-                group.str.strip_chars(" ").to_arrow().cast(pa.string()),
+                calls.str.strip_chars(" ").to_arrow().cast(pa.string()),
             ]
         else:
             own = self._stacks(records, index, scan, text, starts, ends)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from parsers.ftrace.arrays import Array, bits, plain
 from parsers.ftrace.columns import FTRACE_COMMON
@@ -40,18 +41,38 @@ RETURN = {
 Built = tuple[Array, dict[str, pa.Array]]
 
 
-def _numbers(values: pl.Series, base16: bool) -> tuple[Array, Array]:
+def _numbers(values: pa.Array, base16: bool) -> tuple[Array, Array]:
     """(u64 bit patterns, which rows are numbers)."""
     if base16:
-        parsed = values.str.to_integer(base=16, dtype=pl.UInt64, strict=False)
-        return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
-    signed = values.cast(pl.Int64, strict=False)
+        return _hex(values)
+    try:
+        return values.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64), np.ones(len(values), dtype=bool)
+    except pa.ArrowInvalid:
+        pass
+    series = pl.Series(values)
+    signed = series.cast(pl.Int64, strict=False)
     result, known = signed.fill_null(0).to_numpy().view(np.uint64), signed.is_not_null().to_numpy()
     if not known.all():
-        large = values.cast(pl.UInt64, strict=False)
+        large = series.cast(pl.UInt64, strict=False)
         result = np.where(known, result, large.fill_null(0).to_numpy())
         known = known | large.is_not_null().to_numpy()
     return result, known
+
+
+def _hex(values: pa.Array) -> tuple[Array, Array]:
+    """As `_numbers`, for hexadecimal digits without 0x; pointers have 16 of them in every row."""
+    buffers, rows = values.buffers(), len(values)
+    if values.null_count == 0 and buffers[2] is not None:
+        offsets = np.frombuffer(buffers[1], dtype=np.int64)[values.offset : values.offset + rows + 1]
+        if rows and offsets[-1] - offsets[0] == 16 * rows and (np.diff(offsets) == 16).all():
+            try:
+                packed = bytes.fromhex(bytes(buffers[2][int(offsets[0]) : int(offsets[-1])]).decode("latin-1"))
+            except ValueError:
+                packed = b""
+            if len(packed) == 8 * rows:
+                return np.frombuffer(packed, dtype=">u8").astype(np.uint64), np.ones(rows, dtype=bool)
+    parsed = pl.Series(values).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
+    return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
 
 
 def _fit(values: Array, valid: Array, kind: pa.DataType) -> pa.Array:
@@ -62,9 +83,9 @@ def _fit(values: Array, valid: Array, kind: pa.DataType) -> pa.Array:
     return plain(kind, values.astype(f"u{width}"), valid)
 
 
-def _each(values: pl.Series, function: Callable[[str], int | None]) -> tuple[Array, Array]:
+def _each(values: pa.Array, function: Callable[[str], int | None]) -> tuple[Array, Array]:
     """`function` of each different value, spread over the rows: (u64 bit patterns, which are known)."""
-    coded = values.to_arrow().dictionary_encode()
+    coded = values.dictionary_encode()
     answers = [function(str(word)) for word in coded.dictionary.to_pylist()]
     index = coded.indices.to_numpy(zero_copy_only=False)
     numbers = np.array([(answer or 0) & (1 << 64) - 1 for answer in answers] or [0], dtype=np.uint64)
@@ -86,23 +107,25 @@ def _word_value(part: Part) -> Callable[[str], int | None]:
     return value
 
 
-def _bitmask(values: pl.Series) -> pa.Array:
+def _bitmask(values: pa.Array) -> pa.Array:
     """`00000000,00000003` (32-bit words, highest first) as a list of 64-bit words, lowest first."""
 
     def words(text: str) -> list[int]:
         number, size = int(text.replace(",", "") or "0", 16), (len(text.split(",")) + 1) // 2
         return [number >> 64 * i & (1 << 64) - 1 for i in range(size)]
 
-    coded = values.to_arrow().dictionary_encode()
+    coded = values.dictionary_encode()
     lists = pa.array([words(str(text)) for text in coded.dictionary.to_pylist()], pa.list_(pa.uint64()))
     return lists.take(coded.indices)
 
 
-def _text(values: pl.Series) -> pa.Array:
-    return values.to_arrow().cast(pa.string())
+def _text(values: pa.Array) -> pa.Array:
+    return values.cast(pa.string())
 
 
-def _convert(part: Part, values: pl.Series, types: dict[str, pa.DataType]) -> tuple[dict[str, pa.Array], Array | None]:
+def _convert(
+    part: Part, values: pa.Array, types: dict[str, pa.DataType]
+) -> tuple[dict[str, pa.Array], Array | None]:
     """Columns from one captured group; the mask says which rows really fit (None: all)."""
     name, kind, symbol = part.column, types.get(part.column), f"{part.column}_sym"
     if part.how == "string":
@@ -123,43 +146,66 @@ def _convert(part: Part, values: pl.Series, types: dict[str, pa.DataType]) -> tu
         numbers, known = _numbers(values, part.how == "hex")
         return {name: _fit(numbers, known, kind)}, None
     # a number or the name of an address
-    prefixed = values.str.starts_with("0x")
-    if prefixed.all():
-        numbers, known = _numbers(values.str.strip_prefix("0x"), True)
-    else:
-        numbers, known = _numbers(values, name.startswith("__probe_"))
-        if prefixed.any():
-            other, valid = _numbers(values.str.strip_prefix("0x"), True)
-            use = prefixed.to_numpy()
-            numbers, known = np.where(use, other, numbers), np.where(use, valid, known)
+    numbers, known = _addresses(values, name.startswith("__probe_"))
     found = {name: _fit(numbers, known, kind)}
     if known.all():
         return found, None
     if symbol not in types:
-        return found, known | (values == "(fault)").to_numpy()
-    names = pl.Series(values).set(pl.Series(known), None)
-    found[symbol] = _text(names.str.replace(r"/0x0$", ""))
+        return found, known | pc.equal(values, "(fault)").to_numpy(zero_copy_only=False)
+    names = pc.if_else(pa.array(known), pa.scalar(None, values.type), values)
+    found[symbol] = _text(pc.replace_substring_regex(names, r"/0x0$", ""))
     return found, None
 
 
-def apply_shape(shape: Shape, payload: pl.Series, types: dict[str, pa.DataType]) -> Built:
-    """(row numbers that match, their columns)."""
+def _addresses(values: pa.Array, base16: bool) -> tuple[Array, Array]:
+    """Numbers with 0x, or without it (then hexadecimal if `base16`)."""
+    first = pc.utf8_slice_codeunits(values, 0, 2)
+    prefixed = pc.equal(first, "0x").to_numpy(zero_copy_only=False)
+    if prefixed.all():
+        return _hex(pc.utf8_slice_codeunits(values, 2))
+    if not base16 and not prefixed.any() and not pc.any(pc.match_substring_regex(first, r"^-?\d")).as_py():
+        return np.zeros(len(values), dtype=np.uint64), prefixed
+    numbers, known = _numbers(values, base16)
+    if prefixed.any():
+        other, valid = _hex(pc.utf8_slice_codeunits(values, 2))
+        numbers, known = np.where(prefixed, other, numbers), np.where(prefixed, valid, known)
+    return numbers, known
+
+
+def apply_shape(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Built:
+    """(row numbers that match, their columns). Payloads that repeat are matched once."""
+    coded = payload.dictionary_encode() if len(payload) > 64 else None
+    if coded is not None and 3 * len(coded.dictionary) < len(payload):
+        rows, columns = _apply(shape, coded.dictionary, types)
+        index = coded.indices.to_numpy(zero_copy_only=False)
+        if rows.size == len(coded.dictionary):
+            return np.arange(len(payload)), {name: values.take(coded.indices) for name, values in columns.items()}
+        place = np.full(len(coded.dictionary), -1, dtype=np.int64)
+        place[rows] = np.arange(rows.size)
+        found = np.flatnonzero(place[index] >= 0)
+        taken = pa.array(place[index[found]])
+        return found, {name: values.take(taken) for name, values in columns.items()}
+    return _apply(shape, payload, types)
+
+
+def _apply(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Built:
+    series = pl.Series(payload)
     if not shape.parts:
-        return np.flatnonzero(payload.str.contains(shape.pattern).to_numpy()), {}
-    groups = payload.str.extract_groups(shape.pattern).struct.unnest()
-    first = groups.to_series(0).is_not_null()
+        return np.flatnonzero(series.str.contains(shape.pattern).to_numpy()), {}
+    groups = series.str.extract_groups(shape.pattern).to_arrow().flatten()
     rows = np.arange(len(payload))
-    if not first.all():
-        rows = np.flatnonzero(first.to_numpy())
-        groups = groups.filter(first)
+    if groups[0].null_count:
+        matched = groups[0].is_valid()
+        rows = np.flatnonzero(matched.to_numpy(zero_copy_only=False))
+        groups = [values.filter(matched) for values in groups]
     columns: dict[str, pa.Array] = {}
-    good = np.ones(len(rows), dtype=bool)
-    if not len(rows):
+    good = np.ones(rows.size, dtype=bool)
+    if not rows.size:
         return rows, columns
-    for number, part in enumerate(shape.parts):
-        found, fits = _convert(part, groups.to_series(number), types)
-        for name, values in found.items():
-            columns.setdefault(name, values)
+    for values, part in zip(groups, shape.parts, strict=True):
+        found, fits = _convert(part, values.cast(pa.large_string()), types)
+        for name, column in found.items():
+            columns.setdefault(name, column)
         if fits is not None:
             good &= fits
     if not good.all():
@@ -188,7 +234,7 @@ class Payloads:
         self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
         self._plain: set[str] = set()
 
-    def decode(self, name: str, payload: pl.Series) -> tuple[list[Built], Array]:
+    def decode(self, name: str, payload: pa.Array) -> tuple[list[Built], Array]:
         """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text."""
         known = declared().get(name)
         parts: list[Built] = []
@@ -223,18 +269,19 @@ class Payloads:
 
     @staticmethod
     def _try(
-        shape: Shape, types: dict[str, pa.DataType], payload: pl.Series, rest: Array, parts: list[Built]
+        shape: Shape, types: dict[str, pa.DataType], payload: pa.Array, rest: Array, parts: list[Built]
     ) -> Array:
         if not rest.size:
             return rest
-        rows, columns = apply_shape(shape, payload if rest.size == len(payload) else payload[rest], types)
+        left = payload if rest.size == len(payload) else payload.take(pa.array(rest))
+        rows, columns = apply_shape(shape, left, types)
         if rows.size:
             parts.append((rest[rows], columns))
             rest = np.delete(rest, rows)
         return rest
 
     @staticmethod
-    def _guess(payload: pl.Series) -> tuple[dict[str, pa.DataType], Shape] | None:
+    def _guess(payload: pa.Array) -> tuple[dict[str, pa.DataType], Shape] | None:
         """Columns and pattern of a probe (`(symbol+0x0/0x10) a=1`) or of `a=1 b=2`, from the first rows."""
         first = str(payload[0])[:4096]
         head = re.match(r"\(([^()]*)\)(?= \w+=|\s*$)", first)
@@ -255,7 +302,7 @@ class Payloads:
                 types.update(PROBE)
         joined = " ".join(f"{key}=(.*?)" for key in keys)
         pattern += (" " if head and keys else "") + joined + " *$"
-        sample = payload.head(200).str.extract_groups(pattern).struct.unnest()
+        sample = pl.Series(payload.slice(0, 200)).str.extract_groups(pattern).struct.unnest()
         for number, key in enumerate(keys, start=len(fixed)):
             values = [str(value) for value in sample.to_series(number).drop_nulls().to_list()]
             types[key] = pa.uint64() if key.startswith("__probe_") else _infer(values)

@@ -21,7 +21,7 @@ from parsers.tables import Table
 
 __all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
 
-BATCH = 8 << 20
+BATCH = 12 << 20
 #: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
 LONGEST = 1 << 20
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -76,6 +76,7 @@ class FtraceTextReader:
         rest = tuple(layout for layout in LAYOUTS if layout is not self._layout)
         self._layouts = (self._layout, *rest) if self._layout.name != "perf" else (self._layout,)
         self._fast = Fast.learn(*found) if found else None
+        self._stamps = found is not None
         stamp = found[1]["ts"] if found else b"0"
         self._dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
         self._gaps: list[Gap] = []
@@ -122,6 +123,8 @@ class FtraceTextReader:
             return ClockModel("us" if self._dot == 6 else "ns", 10.0**self._dot, first, "ns", origin, doc=doc)
         if hz is not None and hz >= 1:
             return ClockModel("tsc", float(round(hz)), first, "ns", "--cpu-hz")
+        if not self._stamps:
+            return ClockModel("none", None, first, "ticks", f"{origin} without stamps")
         return ClockModel("ticks", None, first, "ticks", f"{origin}, integer stamps")
 
     def _batches(self) -> Iterator[tuple[bytes, bool]]:
@@ -193,7 +196,7 @@ class FtraceTextReader:
             self._gaps.extend(gaps)
         self._notes.extend(self._builder.notes())
         self._notes.extend(self._extra_notes())
-        if self.clock.unit == "ticks":
+        if self.clock.kind == "ticks":
             self._notes.append(note("ftrace-clock", f"{self.clock.origin}; t_ns is in ticks"))
         self.accounting.skipped = min(self.accounting.skipped, self.accounting.total)
         self.accounting.parsed = self.accounting.total - self.accounting.skipped
@@ -243,9 +246,9 @@ class FtraceTextReader:
         """Gaps from marks of lost records: from the CPU's record before to the one after."""
         records = scan.records
         if scan.overwritten:
-            count = scan.overwritten
-            self._notes.append(note("ftrace-overrun", f"{count} records overwritten", 0, None, count))
-            self._gaps.append(Gap("overrun", None, None, None, 0, 0, count, "before the first record"))
+            gone = scan.overwritten
+            self._notes.append(note("ftrace-overrun", f"{gone} records overwritten", 0, None, gone))
+            self._gaps.append(Gap("overrun", None, None, None, 0, 0, gone, "before the first record"))
         self._started.update(scan.started)
         for row, cpu, count in scan.lost[:10000]:
             on_cpu = np.flatnonzero(records.cpu == cpu)
