@@ -430,7 +430,7 @@ class IrqFlowMachine(Machine):
         if irq.inprogress == NOWHERE:
             irq.entering = cpu
             irq.quiet_since = INF
-        elif irq.inprogress not in (SOMEWHERE, cpu):
+        elif irq.inprogress != SOMEWHERE:
             self.policy.on_inprogress(self, irq, cpu)
         if self.policy.owes_eoi:
             irq.is_active = 1

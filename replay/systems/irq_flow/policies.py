@@ -137,6 +137,8 @@ class Edge(Policy):
 
     def on_inprogress(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
         """The edge is remembered in irqs_pending (IRQS_PENDING)."""
+        if machine.has_percpu_flow(irq):
+            return
         irq.irqs_pending = 1
         if irq.inprogress != NOWHERE:
             machine.pended_inprogress += 1
