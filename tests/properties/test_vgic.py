@@ -38,13 +38,15 @@ class Load:
 def loads(draw: st.DrawFn, *, switch_off: bool = True, spaced: bool = False) -> Load:
     """Random arrivals, retargets, traps, enables and priorities; at the end everything is enabled and every vcpu traps.
 
+    `switch_off`: with disables. G3 drops what is QUEUED and disabled when it finds the list register invalid
+    (gic_update_one_lr), so a disable can lose an interrupt under any policy: see the unit cases.
     `spaced`: an interrupt arrives again only when any policy has delivered the one before.
     """
     vcpus = draw(st.integers(2, 4))
     irqs = draw(st.integers(1, 4))
-    kinds = ["vgic.phys_irq"] * 4 + ["vgic.itargets"] * 3 + ["vgic.hyp_entry"] * 2
+    kinds = ["vgic.phys_irq"] * 4 + ["vgic.itargets"] * 3 + ["vgic.hyp_entry"] * 2 + ["vgic.priority"]
     if switch_off:
-        kinds += ["vgic.disable", "vgic.enable", "vgic.priority"]
+        kinds += ["vgic.disable", "vgic.enable"]
     events: list[dict[str, Any]] = []
     t = 0
     ready = dict.fromkeys(range(irqs), 0)
@@ -64,7 +66,7 @@ def loads(draw: st.DrawFn, *, switch_off: bool = True, spaced: bool = False) -> 
         events.append(event)
     for irq in range(irqs):
         events.append({"t": t + 1_000, "kind": "vgic.enable", "obj": 40 + irq, "vcpu": 0})
-    for turn in range(12):
+    for turn in range(6):
         for vcpu in range(vcpus):
             events.append({"t": t + 100_000 * (turn + 1), "kind": "vgic.hyp_entry", "vcpu": vcpu})
     config = {
@@ -72,7 +74,7 @@ def loads(draw: st.DrawFn, *, switch_off: bool = True, spaced: bool = False) -> 
         "nr_lrs": draw(st.sampled_from([1, 2, 4])),
         "phys_follows": draw(st.sampled_from(["immediate", "fixed"])),
     }
-    return Load(config, tuple(events), t + 1_400_000)
+    return Load(config, tuple(events), t + 800_000)
 
 
 def run(load: Load, policy: str) -> tuple[VgicMachine, Sink, list[dict[str, Any]]]:
@@ -80,11 +82,11 @@ def run(load: Load, policy: str) -> tuple[VgicMachine, Sink, list[dict[str, Any]
     sink = Sink(closed=True)
     machine = SYSTEM.make(SYSTEM.policies[policy](), Config(SYSTEM.parameters, load.config), sink, "")
     assert isinstance(machine, VgicMachine)
-    machine.effects = []
+    machine.log = []
     machine.consume(rows(events_from_json(load.events), machine.columns))
     machine.finish(load.end)
     recording = []
-    for kind, t, cpu, vcpu, obj, tgt, val in machine.effects:
+    for kind, t, cpu, vcpu, obj, tgt, val in machine.log:
         event: dict[str, Any] = {"t": t, "kind": KINDS[kind].name}
         for name, value in (("cpu", cpu), ("vcpu", vcpu), ("obj", obj), ("tgt", tgt)):
             if value != NONE:
@@ -110,7 +112,7 @@ def facts(findings: list[Finding]) -> Counter[tuple[int, str, int, int]]:
 
 
 def check_conservation(load: Load) -> None:
-    """C8: edges = coalesced + arrivals + latched; arrivals = acks + waiting. After the drain nothing waits."""
+    """C8: edges = coalesced + arrivals + latched; arrivals = acks + waiting."""
     for policy in EVERY:
         machine, _, _ = run(load, policy)
         metrics = machine.metrics()
@@ -119,15 +121,14 @@ def check_conservation(load: Load) -> None:
         assert metrics["phys_edges"] == metrics["coalesced"] + metrics["arrivals"] + latched
         assert metrics["arrivals"] == metrics["guest_acks"] + waiting
         assert metrics["phys_edges"] == sum(e["kind"] == "vgic.phys_irq" for e in load.events)
-        if policy in CAREFUL:
-            assert latched == 0, policy
-            assert waiting == 0, policy
 
 
 def check_lists(load: Load) -> None:
-    """At rest: no list, no list register, no flag holds anything that was delivered."""
+    """After the drain everything was acknowledged; no list, no list register, no flag holds anything."""
     for policy in CAREFUL:
         machine, _, _ = run(load, policy)
+        metrics = machine.metrics()
+        assert metrics["guest_acks"] == metrics["phys_edges"] - metrics["coalesced"], policy
         for q in machine.irqs:
             assert (q.queued, q.migrating, q.p_active, q.lr_pending_on) == (0, 0, 0, -1), (policy, q.obj)
         for vcpu in machine.vcpus:
@@ -171,13 +172,13 @@ def test_acknowledgements_are_conserved(load: Load) -> None:
 
 
 @QUICK
-@given(loads())
+@given(loads(switch_off=False))
 def test_everything_comes_to_rest(load: Load) -> None:
     check_lists(load)
 
 
 @QUICK
-@given(loads())
+@given(loads(switch_off=False))
 def test_careful_policies_raise_no_error(load: Load) -> None:
     check_no_errors(load)
 
@@ -248,10 +249,16 @@ def test_lost_records_add_nothing(load: Load, policy: str, cut: int, length: int
 
 @pytest.mark.slow
 @LONG
-@given(loads(), st.sampled_from(EVERY), st.integers(0, 400), st.integers(1, 30))
-def test_all_of_it_longer(load: Load, policy: str, cut: int, length: int) -> None:
-    check_conservation(load)
+@given(loads(switch_off=False))
+def test_careful_policies_longer(load: Load) -> None:
     check_lists(load)
     check_no_errors(load)
+
+
+@pytest.mark.slow
+@LONG
+@given(loads(), st.sampled_from(EVERY), st.integers(0, 400), st.integers(1, 30))
+def test_knowledge_longer(load: Load, policy: str, cut: int, length: int) -> None:
+    check_conservation(load)
     check_prefix(load, policy, cut)
     check_lost(load, policy, cut, length)

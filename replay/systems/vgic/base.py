@@ -74,6 +74,8 @@ class VgicBase(Machine):
         found = self.irq_of.get(key)
         if found is None:
             found = Irq(len(self.irqs), obj, dom, known=self.knows_start())
+            if self.knows_start():
+                found.target = self.place(dom, 0)  # reset value of GICD_ITARGETSR
             self.irq_of[key] = found
             self.irqs.append(found)
         return found

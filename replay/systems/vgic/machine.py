@@ -60,7 +60,7 @@ _PHYSICAL: Final = 0x3FF << LR_PHYSICAL_SHIFT
 
 
 class VgicMachine(VgicBase):
-    """Closed runs: the policy decides. `effects`, when set to a list, receives every stimulus and every predicted
+    """Closed runs: the policy decides. `log`, when set to a list, receives every stimulus and every predicted
     event, in order, as (kind, t, cpu, vcpu, obj, tgt, val)."""
 
     def __init__(self, policy: Policy, config: Config, sink: Sink) -> None:
@@ -71,7 +71,7 @@ class VgicMachine(VgicBase):
         self.sgi_ns: int = config.integer("sgi_ns")
         self.underflow_limit: int = min(1, self.nr_lrs - 1)
         self.here: int = NONE
-        self.effects: list[tuple[int, int, int, int, int, int, int]] | None = None
+        self.log: list[tuple[int, int, int, int, int, int, int]] | None = None
         self.sgis: list[int] = [0, 0, 0]
         self.hyp_entries: int = 0
         self.maintenance_irqs: int = 0
@@ -85,8 +85,8 @@ class VgicMachine(VgicBase):
 
     def emit(self, kind: int, cpu: int, vcpu: int, obj: int, tgt: int = NONE, val: int = NIL) -> None:
         """Record an event; vcpus are indices."""
-        if self.effects is not None:
-            self.effects.append((kind, self.now, cpu, vcpu, obj, tgt, val))
+        if self.log is not None:
+            self.log.append((kind, self.now, cpu, vcpu, obj, tgt, val))
 
     # -- G1 inject ---------------------------------------------------------------------------------------
 
@@ -292,6 +292,7 @@ class VgicMachine(VgicBase):
         q = vcpu.owner[lr]
         assert q is not None
         vcpu.lrs.set_state(lr, ACTIVE)
+        self.effects.append((self.now, vcpu.id << 16 | q.obj))
         self.emit(GUEST_ACK, vcpu.running_on, vcpu.id, q.obj)
         self.monitor.acked(q, vcpu.id, vcpu.loaded[lr], vcpu.loaded_seq[lr])
         self.guest_will(EOI, vcpu, lr, self.eoi_ns)

@@ -38,7 +38,7 @@ class Irq:
         self.reset(known=known)
 
     def reset(self, *, known: bool) -> None:
-        """The initial state, or nothing known at all (U1, U2)."""
+        """The initial state (the machine sets the target), or nothing known at all (U1, U2)."""
         flag = 0 if known else UNKNOWN
         place = NO_LR if known else NOWHERE_KNOWN
         # status word
@@ -56,7 +56,7 @@ class Irq:
         self.soft: bool = False  # its list register was edited to HW=0: the guest's EOI does not deactivate
         self.edit: bool = False  # an edit of the live list register waits for its vcpu's next entry
         #: effective target (lowest set bit of ITARGETSR) as a vcpu, and when the last write took effect
-        self.target: int = 0 if known else NONE
+        self.target: int = NONE
         self.wrote: int = NIL
         self.wrote_seq: int = NONE
         # the physical interrupt
