@@ -17,6 +17,7 @@ FORMATS: tuple[tuple[str, str, str], ...] = (
     ("qemu", "parsers.qemu.reader", "QemuReader"),
     ("trace.dat", "parsers.tracedat", "TraceDatReader"),
     ("xenalyze", "parsers.xenalyze", "XenalyzeReader"),
+    ("xentrace_format", "parsers.xenalyze", "ClassicReader"),
     ("proc-interrupts", "parsers.debugkeys", "InterruptsReader"),
     ("timer-list", "parsers.debugkeys", "TimerListReader"),
     ("lsevtchn", "parsers.debugkeys", "LsevtchnReader"),

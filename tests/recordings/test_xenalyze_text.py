@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from parsers.recording import Note, ReadOptions, RecordingError
-from parsers.xenalyze import XenalyzeReader
+from parsers.xenalyze import ClassicReader, XenalyzeReader
 from parsers.xenalyze.grammar import PATTERNS
 from parsers.xenalyze.words import TABLES
 from parsers.xentrace.reader import XentraceReader
@@ -40,7 +40,7 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read(reader: XenalyzeReader | XentraceReader) -> tuple[FRAMES, list[Note]]:
+def read(reader: XenalyzeReader | ClassicReader | XentraceReader) -> tuple[FRAMES, list[Note]]:
     """All tables and notes of a recording."""
     parts: dict[str, list[pa.Table]] = {}
     notes: list[Note] = []
@@ -62,7 +62,7 @@ def read(reader: XenalyzeReader | XentraceReader) -> tuple[FRAMES, list[Note]]:
 
 
 def compare(binary: FRAMES, text: FRAMES, first_tsc: int, slack: int, not_printed: dict[str, set[str]]) -> int:
-    """Both have the same records on each CPU in the same order; whatever the text carries is equal. Gives their number."""
+    """Both have the same records on each CPU in order; whatever the text carries is equal. Gives their number."""
     records = 0
     assert set(binary) - NOT_IN_TEXT == {name for name in text if name.startswith("TRC_")} - NOT_IN_TEXT
     for name in sorted(set(binary) - NOT_IN_TEXT):
@@ -106,6 +106,57 @@ def test_dump_agrees_with_the_binary(name: str) -> None:
     assert reader.accounting.total == reader.accounting.parsed == len(data)
 
 
+#: Words that the stock formats file does not print.
+NOT_IN_TEMPLATE: dict[str, set[str]] = {
+    "TRC_CSCHED2_RUNQ_CANDIDATE": {"credit"},  # printed by a template of two words
+    "TRC_HW_IRQ_ASSIGN_VECTOR": {"cpumask1", "cpumask2"},
+    "TRC_PV_HYPERCALL_V2": {"present", "a0", "a1", "a2"},
+}
+
+
+def test_classic_text_agrees_with_the_binary() -> None:
+    binary, _ = read(XentraceReader(io.BytesIO(read_bytes(SAMPLES / "xen-2l-dom0-idle.xentrace")), ReadOptions()))
+    data = read_bytes(SAMPLES / "xentrace_format-dom0-idle.txt.zst")
+    reader = ClassicReader(io.BytesIO(data), ReadOptions())
+    text, notes = read(reader)
+    assert compare(binary, text, 0, 0, NOT_IN_TEMPLATE) == 8851
+    assert "format_text" not in text
+    assert {n.code for n in notes} == {"format-labels", "format-lossy"}
+    assert reader.accounting.total == reader.accounting.parsed == len(data)
+    windows = text["TRC_TRACE_CPU_CHANGE"]
+    assert windows.height == binary["TRC_TRACE_CPU_CHANGE"].height == 142
+    # The file has one CPU's window after the other; here all CPUs are in the order of their stamps.
+    merged = pl.concat([t.select("seq", "offset", "t_ns") for t in text.values()]).sort("seq")
+    assert merged["seq"].to_list() == list(range(data.count(b"\n")))
+    assert not merged["offset"].is_sorted()
+    assert merged["t_ns"].is_sorted()
+    assert merged["offset"].sort().to_list() == list(range(1, data.count(b"\n") + 1))
+
+
+CLASSIC = (
+    ("INJ_VIRQ    [ vector = 0xef, fake = 0 ]", "TRC_HVM_INJ_VIRQ", {"vector": 0xEF, "fake": 0}),
+    ("CR_READ     [ CR# = 3, value = 0x0000000100001000 ]", "TRC_HVM_CR_READ",
+     {"event": 0x82108, "value": 0x100001000}),
+    ("PF_XEN      [ errorcode = 0x1000, virt = 0x00000006 ]", "TRC_HVM_PF_XEN", {"error_code": 6, "va": 0x1000}),
+    ("csched2:runq_candidate [ dom:vcpu = 0x00000001, credit = 5, tickled_cpu = 0 ]", "TRC_CSCHED2_PICKED_CPU",
+     {"event": 0x22213}),
+    ("VMEXIT      [ exitcode = 0x0000001e, rIP  = 0xffffffff81a00000 ]", "TRC_HVM_VMEXIT",
+     {"exit_reason": 30, "rip": 0xFFFFFFFF81A00000, "wide": True}),
+    ("unknown (0x0000000000802099)  [ 0x00000001" + " 0x00000000" * 6 + " ]", "unknown", {"event": 0x802099}),
+    ("PF_XEN      [ something else ]", "format_text", {}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "table", "columns"), CLASSIC, ids=[c[1] for c in CLASSIC])
+def test_classic_lines_without_a_recording(text: str, table: str, columns: dict[str, object]) -> None:
+    line = f"CPU2  4200000009000 (+    8000)  {text}\n"
+    frames, _ = read(ClassicReader(io.BytesIO(line.encode()), ReadOptions()))
+    assert list(frames) == [table]
+    row = frames[table].row(0, named=True)
+    assert (row["cpu"], row["tsc"]) == (2, 4200000009000)
+    assert {name: row[name] for name in columns} == columns
+
+
 def test_frequency_is_found_in_the_dump() -> None:
     reader = XenalyzeReader(io.BytesIO(read_bytes(SAMPLES / "xenalyze-dom0-idle.dump.txt.zst")), ReadOptions())
     assert reader.clock.hz is not None and reader.clock.error_ppm is not None
@@ -120,7 +171,8 @@ MADE = (
      {"irq": 0x18, "vector": 0x30, "cpumask0": 2 | 1 << 32, "cpumask1": 3 | 4 << 32, "cpumask2": None}),
     ("rtds:schedule cpu 3,, busy, tickled", "TRC_RTDS_SCHEDULE", {"on_cpu": 3, "idle": True, "tickled": False}),
     ("sched_switch prev d1v0, run for 12.7us", "TRC_SCHED_SWITCH_INFPREV", {"ran_ns": 12007}),
-    ("csched:schedule cpu 2, tasklet scheduled, idle", "TRC_CSCHED_SCHEDULE", {"on_cpu": 2, "tasklet": True, "idle": True}),
+    ("csched:schedule cpu 2, tasklet scheduled, idle", "TRC_CSCHED_SCHEDULE",
+     {"on_cpu": 2, "tasklet": True, "idle": True}),
     ("  802005(80:2:5) 3 [ 1d 41 2 ] ", "TRC_HW_IRQ_MOVE_FINISH", {"irq": 0x1D, "vector": 0x41, "on_cpu": 2}),
     ("  12345(1:2:345) 1 [ 7 ] ", "unknown", {"event": 0x12345, "n_words": 1, "words": [7]}),
     ("cr_read64 [ 3 1000 1 ]", "TRC_HVM_CR_READ", {"event": 0x82108, "cr": 3, "value": 0x1_0000_1000}),
@@ -171,7 +223,7 @@ def test_patterns_fit_the_tables() -> None:
 
 
 def test_something_else_is_refused() -> None:
-    for reader in (XenalyzeReader,):
+    for reader in (XenalyzeReader, ClassicReader):
         assert not reader.sniff(b"hello\n")
         with pytest.raises(RecordingError):
             reader(io.BytesIO(b"hello\n"), ReadOptions())
