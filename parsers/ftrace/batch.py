@@ -54,8 +54,8 @@ class Scan:
     stacks: Array
     unknown: list[int] = field(default_factory=list)
     lost: list[tuple[int, int, int | None]] = field(default_factory=list)  # row, cpu, count
-    started: list[int] = field(default_factory=list)
-    overwritten: int = 0
+    started: list[tuple[int, int]] = field(default_factory=list)  # row, cpu
+    overwritten: list[tuple[int, int]] = field(default_factory=list)  # row, count
 
 
 def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int) -> tuple[int, ...] | None:
@@ -108,10 +108,10 @@ def classify(
         if line[:1] == b"#":
             match = STARTED.match(line)
             if match:
-                scan.started.append(int(match[1]))
+                scan.started.append((row, int(match[1])))
             match = OVERWRITTEN.match(line)
             if match:
-                scan.overwritten += max(0, int(match[2]) - int(match[1]))
+                scan.overwritten.append((row, max(0, int(match[2]) - int(match[1]))))
             continue
         if end - begin < SHORTEST:
             if not QUIET.fullmatch(line):

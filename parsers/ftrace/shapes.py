@@ -27,7 +27,10 @@ SPLIT = re.compile(
     r"\{(expr\([^)]*\)|\w+)((?: as sym<.*?>| as flags<.*?>| as [\w/]+| -> one of .*?)?) (%[^}]*)\}"
 )
 #: Integers that the kernel prints as one of two words: the first word stands for 1.
-TWO_WORDS = frozenset({"rw", "ret", "write"})
+TWO_WORDS = frozenset({"rw", "write"})
+#: Fields whose words determine the whole number. Most tables of names are applied to some bits of a field only
+#: (`(dm >> 8) & 7`, the low bits of a timer's flags): there the number stays null.
+WHOLE = frozenset({"clockid", "prev_state"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,14 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
                 options = re.findall(r"'([^']*)'", text)
                 boolean = types.get(field_name) == pa.bool_() or field_name in TWO_WORDS
                 words = {options[0]: 1, options[1]: 0} if boolean and len(options) == 2 else {}
+                if options == ["handled", "unhandled"]:
+                    # handled may be 1, or 2 or 3 with a thread woken
+                    words = {"unhandled": 0}
                 group = "(" + "|".join(re.escape(option) for option in options) + ")" if options else "(.*?)"
                 group = " *" + group if spec != "%s" else group
             else:
                 inside = re.search(r"<(.*)>", text)
-                words = {} if inside is None or "..." in inside[1] else _words(inside[1])
+                words = _words(inside[1]) if inside is not None and field_name in WHOLE else {}
                 group = "(.*?)"
             extra.setdefault(f"{field_name}_sym", pa.string())
         elif " as bitmask" in text:

@@ -83,7 +83,6 @@ class FtraceTextReader:
         self._notes: list[Note] = []
         self._line, self._position = 1, 0
         self._last: dict[int, int] = {}
-        self._waiting: dict[int, list[Gap]] = {}
         self._started: Counter[int] = Counter()
         self._builder = Builder(options, self._layout)
         self.tables: dict[str, Table] = self._builder.tables
@@ -192,8 +191,6 @@ class FtraceTextReader:
     def _finish(self) -> None:
         for cpu, count in sorted(self._started.items()):
             self._notes.append(note("ftrace-buffer-started", f"cpu {cpu}", 0, cpu, count))
-        for gaps in self._waiting.values():
-            self._gaps.extend(gaps)
         self._notes.extend(self._builder.notes())
         self._notes.extend(self._extra_notes())
         if self.clock.kind == "ticks":
@@ -214,17 +211,19 @@ class FtraceTextReader:
         scan, sources = classify(data, text, starts, ends, self._fast, self._layouts, self._dot)
         used, lines = len(text), starts.size
         rows = scan.records.row
+        keep = lines
         if not last and rows.size and len(text) - int(starts[rows[-1]]) < LONGEST:
             # what follows the last record may belong to it: both wait for the next batch
             keep = int(rows[-1])
             self._carry = text[int(starts[keep]) :] + self._carry
             used, lines = int(starts[keep]), keep
+        self._marks(scan, starts, keep)
+        if keep < starts.size:
             scan = self._before(scan, keep)
         if self._builder.first is None and scan.records.stamped.any():
             self._builder.first = int(scan.records.stamp[np.argmax(scan.records.stamped)])
             self.clock = self._clock(self._builder.first)
             self._builder.clock = self.clock
-        self._marks(scan, starts)
         tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line)
         self._stray_lines(strays, starts, ends)
         self._position += used
@@ -239,18 +238,19 @@ class FtraceTextReader:
             setattr(records, name, getattr(records, name)[:count])
         scan.stacks = scan.stacks[scan.stacks < keep]
         scan.unknown = [row for row in scan.unknown if row < keep]
-        scan.lost = [lost for lost in scan.lost if lost[0] < keep]
         return scan
 
-    def _marks(self, scan: Scan, starts: Array) -> None:
-        """Gaps from marks of lost records: from the CPU's record before to the one after."""
+    def _marks(self, scan: Scan, starts: Array, keep: int) -> None:
+        """Gaps from marks of lost records before row `keep`: from the CPU's record before to the one after."""
         records = scan.records
-        if scan.overwritten:
-            gone = scan.overwritten
+        gone = sum(count for row, count in scan.overwritten if row < keep)
+        if gone:
             self._notes.append(note("ftrace-overrun", f"{gone} records overwritten", 0, None, gone))
             self._gaps.append(Gap("overrun", None, None, None, 0, 0, gone, "before the first record"))
-        self._started.update(scan.started)
+        self._started.update(cpu for row, cpu in scan.started if row < keep)
         for row, cpu, count in scan.lost[:10000]:
+            if row >= keep:
+                break
             on_cpu = np.flatnonzero(records.cpu == cpu)
             at = int(np.searchsorted(records.row[on_cpu], row))
             before = int(records.stamp[on_cpu[at - 1]]) if at else self._last.get(cpu)
@@ -258,8 +258,9 @@ class FtraceTextReader:
             offset = self._position + int(starts[row])
             self._gaps.append(Gap("lost-records", cpu, before, after, offset, 0, count))
             self._notes.append(note("ftrace-lost", f"cpu {cpu}: {count or 'some'} records", offset, cpu, count or 1))
-        for cpu in np.unique(records.cpu).tolist():
-            self._last[cpu] = int(records.stamp[np.flatnonzero(records.cpu == cpu)[-1]])
+        done = records.row < keep
+        for cpu in np.unique(records.cpu[done]).tolist():
+            self._last[cpu] = int(records.stamp[np.flatnonzero(done & (records.cpu == cpu))[-1]])
 
     def _stray_lines(self, rows: list[int], starts: Array, ends: Array) -> None:
         """Lines that nothing explains: runs of them become one gap each."""

@@ -82,7 +82,8 @@ class Writer:
         formats = self.pack("I", 1) + b"irq\0" + self.pack("I", 1) + self.pack("Q", len(FORMAT)) + FORMAT.encode()
         symbols, printk, tasks = self.pack("I", 0), self.pack("I", 0), b"1001 ta\xffsk\\\n"
         tasks = self.pack("Q", len(tasks)) + tasks
-        start = b"\x17\x08\x44tracing" + b"%d\0" % self.version + bytes([self.order == ">", 8]) + self.pack("I", self.page)
+        start = b"\x17\x08\x44tracing" + b"%d\0" % self.version + bytes([self.order == ">", 8])
+        start += self.pack("I", self.page)
         chosen = f"[{clock}]".encode()
         options = self.pack("HI", 4, len(chosen)) + chosen + options
         if self.version == 6:
