@@ -100,13 +100,13 @@ class Channel(PortBits):
         "number",
         "pend_seq",
         "pend_t",
-        "ready_t",
         "seen_t",
         "select_seq",
         "select_t",
         "select_vcpu",
         "since",
         "strand_reported",
+        "trouble",
         "type",
         "unmask_seq",
         "unmask_t",
@@ -126,7 +126,6 @@ class Channel(PortBits):
         self.clears: bool = False  # whether the handler's ack of this port is recorded
         self.pend_t: int = NIL  # when pending became (known to be) 1
         self.pend_seq: int = NONE
-        self.ready_t: int = NIL  # when pending and not masked became true
         self.mask_t: int = NIL
         self.bound_t: int = NIL
         self.unmask_t: int = NIL
@@ -144,6 +143,7 @@ class Channel(PortBits):
         self.strand_reported: bool = False
         self.delay_reported: bool = False
         self.mask_reported: bool = False
+        self.trouble: bool = False  # any of the above, or `since` or `seen_t` is set
 
 
 class VcpuInfo:
@@ -276,7 +276,6 @@ class TwoLevelDomain:
             channel.notify_vcpu = NONE
             channel.guest_cpu = NONE
             channel.pend_t = NIL
-            channel.ready_t = NIL
             channel.hypercall_t = NIL
             channel.since = INF
             channel.seen_t = NIL

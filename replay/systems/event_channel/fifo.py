@@ -116,7 +116,7 @@ class FifoMachine(Machine):
         """The event glue."""
         heap = self.agenda.heap
         closed = self.closed
-        for kind, t, d, v, p, tgt, val, flags, seq, cpu, _val2 in rows:
+        for kind, t, d, v, p, tgt, val, flags, seq in rows:
             if heap and heap[0][0] <= t:
                 self.advance(t)
             self.now = t
@@ -125,7 +125,7 @@ class FifoMachine(Machine):
             if kind == CHECK:
                 self.evaluate(dom, 0)
             elif kind == two_level.LOST:
-                self.taint(cpu, val if val != NIL else t, t)
+                self.taint(NONE, val if val != NIL else t, t)
             elif kind in (HEAD, READY, CONSUMING, two_level.UPCALL, two_level.UPCALL_END):
                 if v >= 0 and not closed:
                     self.on_vcpu(dom, dom.vcpu(v), kind, tgt, val)

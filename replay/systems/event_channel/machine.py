@@ -35,7 +35,7 @@ from replay.systems.event_channel.monitor import DELAY, FIRST_TIMER, MASKED, Mon
 
 __all__ = ["COLUMNS", "TwoLevelMachine"]
 
-COLUMNS: Final = ("kind", "t_ns", "dom", "vcpu", "obj", "tgt", "val", "flags", "seq", "cpu", "val2")
+COLUMNS: Final = ("kind", "t_ns", "dom", "vcpu", "obj", "tgt", "val", "flags", "seq")
 
 BIND: Final = KIND_ID["evtchn.bind"]
 SEND: Final = KIND_ID["evtchn.send"]
@@ -57,6 +57,11 @@ SNAPSHOT: Final = KIND_ID["evtchn.snapshot"]
 SCHED_RUN: Final = KIND_ID["sched.run"]
 SCHED_STOP: Final = KIND_ID["sched.stop"]
 LOST: Final = KIND_ID["trace.lost"]
+
+#: Kinds whose `obj` is a port.
+PORT_KINDS: Final = frozenset(
+    (SEND, UNMASK, MASK, CLEAR, HANDLED, NOTIFY, HYPERCALL, BIND, BIND_VCPU, BIND_CPU, REBIND, CLOSE)
+)
 
 #: Agenda: the upcall of vCPU b of domain a.
 DO_UPCALL: Final = 0
@@ -115,7 +120,6 @@ class TwoLevelMachine(Machine):
             channel = dom.channel(int(port))
             channel.pending = 1
             channel.pend_t = 0
-            channel.ready_t = 0
         for channel in dom.channels:
             dom.settle(channel)
         self.evaluate_start = True
@@ -146,84 +150,169 @@ class TwoLevelMachine(Machine):
         self.feed(stream)
 
     def feed(self, rows: Iterable[tuple[int, ...]]) -> None:
-        """The event glue: most frequent kinds first; those that only recordings have are skipped in closed runs."""
+        """The event glue. The five kinds that make up most of a recording are taken here where nothing is unknown or
+        in trouble; they do exactly what `send`, `on_handled`, `on_clear`, `on_upcall` and
+        `on_upcall_end` do then."""
         heap = self.agenda.heap
-        closed = self.closed
+        monitor = self.monitor
+        recorded = not self.closed
         dom = self.dom
+        ports = dom.ports
+        slots = dom.slots
+        ready = dom.ready
+        dom_id = dom.id
         limit = dom.limit
-        for kind, t, d, v, p, tgt, val, flags, seq, cpu, _val2 in rows:
+        send, handled, clear, upcall, upcall_end = SEND, HANDLED, CLEAR, UPCALL, UPCALL_END
+        sends = coalesced = dispatches = upcalls = 0
+        for kind, t, d, v, p, tgt, val, flags, seq in rows:
             if heap and heap[0][0] <= t:
                 self.advance(t)
-                dom = self.dom
+            if d != dom_id:
+                dom = self.switch(d)
+                ports = dom.ports
+                slots = dom.slots
+                ready = dom.ready
+                dom_id = d
+            if recorded and 0 <= p < limit and (channel := ports[p]) is not None:
+                if kind == send:
+                    if channel.pending == 1:
+                        sends += 1
+                        coalesced += 1
+                        continue
+                    n = channel.guest_cpu
+                    word = channel.word
+                    if (
+                        channel.pending == 0 == channel.masked
+                        and channel.notify_vcpu == n >= 0
+                        and monitor.delay_armed
+                        and ready[word] == 0
+                        and n < len(slots)
+                        and (vcpu := slots[n]) is not None
+                        and vcpu.in_upcall == 0
+                    ):
+                        bit = 1 << word
+                        if vcpu.sel_known & ~vcpu.sel & bit:
+                            sends += 1
+                            channel.pending = 1
+                            channel.pend_t = t
+                            channel.pend_seq = seq
+                            channel.select_vcpu = n
+                            ready[word] = channel.word_bit
+                            vcpu.sel |= bit
+                            vcpu.setter[word] = p
+                            vcpu.upcall_pending = 1
+                            continue
+                elif kind == clear:
+                    if not channel.trouble:
+                        channel.clears = True
+                        channel.pending = 0
+                        ready[channel.word] &= ~channel.word_bit
+                        continue
+                elif (
+                    kind == handled
+                    and channel.guest_cpu == v >= 0
+                    and channel.clears
+                    and channel.pending == 1
+                    and not channel.trouble
+                    and dom.handled_seen
+                    and v < len(slots)
+                    and (vcpu := slots[v]) is not None
+                ):
+                    dispatches += 1
+                    vcpu.dispatched += 1
+                    if channel.pend_t != NIL:
+                        delay = t - channel.pend_t
+                        self.delivery_ns += delay
+                        if delay > self.max_delivery_ns:
+                            self.max_delivery_ns = delay
+                        if delay > self.max_delivery_hot_ns and channel.word == 0:
+                            self.max_delivery_hot_ns = delay
+                    channel.hypercall_t = NIL
+                    continue
+            elif recorded and 0 <= v < len(slots) and (vcpu := slots[v]) is not None:
+                if kind == upcall:
+                    if vcpu.in_upcall == 0:
+                        upcalls += 1
+                        vcpu.in_upcall = 1
+                        vcpu.upcall_pending = 0
+                        known = vcpu.sel_all
+                        vcpu.taken = vcpu.sel | (known & ~vcpu.sel_known)
+                        vcpu.sel = 0
+                        vcpu.sel_known = known
+                        vcpu.latched = 0
+                        vcpu.dispatched = 0
+                        continue
+                elif kind == upcall_end and vcpu.in_upcall == 1 and vcpu.dispatched and not vcpu.latched:
+                    words = vcpu.taken
+                    if not words & (words - 1) and not ready[words.bit_length() - 1]:  # at most one, all of it handled
+                        vcpu.in_upcall = 0
+                        dom.ends_seen = True
+                        continue
             self.now = t
             self.seq = seq
-            if d != dom.id:
-                dom = self.switch(d)
-            if kind == SEND:
-                self.sends += 1
-                if 0 <= p < limit:
-                    self.send(dom, dom.ports[p] or dom.channel(p))
-                else:
-                    self.out_of_range(p)
-                continue
-            if not closed:
-                if kind == HANDLED:
-                    if 0 <= p < limit and v >= 0:
-                        self.on_handled(dom, dom.vcpu(v), dom.ports[p] or dom.channel(p))
-                    else:
-                        self.out_of_range(p)
-                    continue
-                if kind == CLEAR:
-                    if 0 <= p < limit:
-                        self.on_clear(dom, dom.ports[p] or dom.channel(p))
-                    continue
-                if kind == UPCALL:
-                    if v >= 0:
-                        self.on_upcall(dom.vcpu(v))
-                    continue
-                if kind == UPCALL_END:
-                    if v >= 0:
-                        self.on_upcall_end(dom, dom.vcpu(v))
-                    continue
-            if kind == UNMASK:
-                if 0 <= p < limit:
-                    self.unmask(dom, v, dom.channel(p))
-                else:
-                    self.out_of_range(p)
-            elif kind == MASK:
-                if 0 <= p < limit:
-                    self.mask(dom, dom.channel(p))
-            elif kind == LOST:
-                self.taint(cpu, val if val != NIL else t, t)
-            elif kind in (SCHED_RUN, SCHED_STOP):
-                if v >= 0:
-                    self.on_sched(dom, dom.vcpu(v), kind == SCHED_RUN, val)
-            elif kind in (UPCALL_MASK, UPCALL_UNMASK):
-                if v >= 0:
-                    self.set_upcall_mask(dom, dom.vcpu(v), 1 if kind == UPCALL_MASK else 0)
-            elif kind == SNAPSHOT:
-                if not closed:
-                    self.on_snapshot(dom, v, p, tgt, val)
-            elif not 0 <= p < limit:
-                if kind in (BIND, BIND_VCPU, BIND_CPU, REBIND, CLOSE, NOTIFY, HYPERCALL):
-                    self.out_of_range(p)
-            elif kind in (BIND_VCPU, BIND_CPU, REBIND):
-                self.rebind(dom, dom.channel(p), tgt, kind != BIND_CPU, kind != BIND_VCPU)
-            elif kind == BIND:
-                self.bind(dom, dom.channel(p), tgt, val, flags)
-            elif kind == CLOSE:
-                self.close(dom, dom.channel(p))
-            elif closed:
-                pass
-            elif kind == NOTIFY:
-                if v >= 0:
-                    self.on_notify(dom, dom.vcpu(v), dom.channel(p))
-            elif kind == HYPERCALL:
-                self.on_hypercall(dom, v, dom.channel(p))
+            self.event(dom, kind, v, p, tgt, val, flags)
+        self.sends += sends
+        self.coalesced += coalesced
+        self.handled += dispatches
+        self.upcalls += upcalls
 
-    def out_of_range(self, port: int) -> None:
+    def event(self, dom: TwoLevelDomain, kind: int, v: int, p: int, tgt: int, val: int, flags: int) -> None:
+        """Any event at `self.now`; those that only recordings have are skipped in closed runs."""
+        if kind == UPCALL_END:
+            if v >= 0 and not self.closed:
+                self.on_upcall_end(dom, dom.vcpu(v))
+        elif kind == LOST:
+            self.taint(NONE, val if val != NIL else self.now, self.now)
+        elif kind in (SCHED_RUN, SCHED_STOP):
+            if v >= 0:
+                self.on_sched(dom, dom.vcpu(v), kind == SCHED_RUN, val)
+        elif kind == UPCALL:
+            if v >= 0 and not self.closed:
+                self.on_upcall(dom.vcpu(v))
+        elif kind in (UPCALL_MASK, UPCALL_UNMASK):
+            if v >= 0:
+                self.set_upcall_mask(dom, dom.vcpu(v), 1 if kind == UPCALL_MASK else 0)
+        elif kind == SNAPSHOT:
+            if not self.closed:
+                self.on_snapshot(dom, v, p, tgt, val)
+        elif kind in PORT_KINDS:
+            if 0 <= p < dom.limit:
+                self.port_event(dom, dom.ports[p] or dom.channel(p), kind, v, tgt, val, flags)
+            else:
+                self.out_of_range(dom, p)
+
+    def port_event(
+        self, dom: TwoLevelDomain, channel: Channel, kind: int, v: int, tgt: int, val: int, flags: int
+    ) -> None:
+        """An event that names a port of the ABI."""
+        if kind == SEND:
+            self.sends += 1
+            self.send(dom, channel)
+        elif kind == UNMASK:
+            self.unmask(dom, v, channel)
+        elif kind == MASK:
+            self.mask(dom, channel)
+        elif kind in (BIND_VCPU, BIND_CPU, REBIND):
+            self.rebind(dom, channel, tgt, kind != BIND_CPU, kind != BIND_VCPU)
+        elif kind == BIND:
+            self.bind(dom, channel, tgt, val, flags)
+        elif kind == CLOSE:
+            self.close(dom, channel)
+        elif self.closed:
+            return
+        elif kind == CLEAR:
+            self.on_clear(dom, channel)
+        elif kind == HYPERCALL:
+            self.on_hypercall(dom, v, channel)
+        elif v < 0:
+            return
+        elif kind == HANDLED:
+            self.on_handled(dom, dom.vcpu(v), channel)
+        elif kind == NOTIFY:
+            self.on_notify(dom, dom.vcpu(v), channel)
+
+    def out_of_range(self, dom: TwoLevelDomain, port: int) -> None:
         """A port that the ABI cannot hold (S5.1): every number is reported once."""
-        dom = self.dom
         if port < dom.limit or port in dom.range_reported or len(dom.range_reported) > 10_000:
             return
         dom.range_reported.add(port)
@@ -246,7 +335,6 @@ class TwoLevelMachine(Machine):
         channel.pend_t = now
         channel.pend_seq = self.seq
         if channel.masked == 0:
-            channel.ready_t = now
             dom.ready[channel.word] |= channel.word_bit
             if not self.closed and not self.monitor.delay_armed:
                 self.monitor.arm_delay(dom, now)
@@ -380,10 +468,8 @@ class TwoLevelMachine(Machine):
         channel.unmask_t = self.now
         channel.unmask_seq = self.seq
         channel.unmask_vcpu = vcpu
-        if channel.pending == 1 and channel.masked != 0:
-            channel.ready_t = self.now
-            if not self.closed and not self.monitor.delay_armed:
-                self.monitor.arm_delay(dom, self.now)
+        if channel.pending == 1 and channel.masked != 0 and not self.closed and not self.monitor.delay_armed:
+            self.monitor.arm_delay(dom, self.now)  # ready from now on
         if vcpu < 0:
             self.unmask_somewhere(dom, channel)
         else:
@@ -503,7 +589,6 @@ class TwoLevelMachine(Machine):
             channel.pending = 1
             channel.pend_t = self.now
             channel.pend_seq = self.seq
-            channel.ready_t = self.now
         if channel.masked == UNKNOWN:
             channel.masked = 0
         dom.settle(channel)
@@ -564,7 +649,7 @@ class TwoLevelMachine(Machine):
             self.count_delivery(channel)
         if channel.guest_cpu != vcpu.number:
             channel.guest_cpu = vcpu.number if channel.guest_cpu == NONE else NONE
-        if channel.strand_reported or channel.since != INF or channel.seen_t != NIL or channel.delay_reported:
+        if channel.trouble:
             self.monitor.dispatched(dom, vcpu, channel, self.now, self.seq)
         channel.hypercall_t = NIL
         if channel.clears:
@@ -578,7 +663,7 @@ class TwoLevelMachine(Machine):
         channel.clears = True
         channel.pending = 0
         dom.ready[channel.word] &= ~channel.word_bit
-        if channel.since != INF or channel.strand_reported or channel.mask_reported or channel.seen_t != NIL:
+        if channel.trouble:
             self.monitor.end_of_life(channel)
 
     def on_hypercall(self, dom: TwoLevelDomain, vcpu: int, channel: Channel) -> None:
@@ -655,7 +740,6 @@ class TwoLevelMachine(Machine):
                     channel.seen_t = NIL
                     channel.mask_t = self.now
                 channel.masked = bit
-            channel.ready_t = max(channel.ready_t, self.now) if channel.ready_t == NIL else channel.ready_t
             dom.settle(channel)
             self.monitor.check(dom, channel, self.now)
 

@@ -70,6 +70,7 @@ class Monitor:
             channel.since = INF
         elif channel.since == INF:
             channel.since = t
+            channel.trouble = True
             channel.generation += 1
             if not channel.strand_reported:
                 due = t + self.strand_ns
@@ -97,12 +98,14 @@ class Monitor:
                 continue
             if channel.seen_t == NIL:
                 channel.seen_t = t
+                channel.trouble = True
             elif t - channel.seen_t >= self.strand_ns and not channel.strand_reported:
                 self.report_stranded(dom, channel, t, channel.seen_t, seq)
 
     def report_stranded(self, dom: TwoLevelDomain, channel: Channel, t: int, since: int, seq: int) -> None:
         """Raise the code once in a pending life, with the story and the root cause that came before it."""
         channel.strand_reported = True
+        channel.trouble = True
         self.stranded_total += 1
         guest = channel.guest_cpu
         cause = ""
@@ -146,10 +149,12 @@ class Monitor:
         if channel.unmask_t != NIL:
             where = _who(channel.unmask_vcpu)
             steps.append(Evidence(channel.unmask_t, self.seq(channel.unmask_seq), f"unmasked on {where}"))
-        if channel.select_t != NIL:
-            where = _who(channel.select_vcpu)
-            label = f"selector bit {channel.word} set on {where}"
-            steps.append(Evidence(channel.select_t, self.seq(channel.select_seq), label))
+        if channel.select_vcpu != NONE:
+            t, seq = channel.select_t, channel.select_seq
+            if t < channel.pend_t:  # by the send itself
+                t, seq = channel.pend_t, channel.pend_seq
+            label = f"selector bit {channel.word} set on {_who(channel.select_vcpu)}"
+            steps.append(Evidence(t, self.seq(seq), label))
         steps.sort(key=lambda step: step.t)
         return steps
 
@@ -214,6 +219,7 @@ class Monitor:
         channel.strand_reported = False
         channel.delay_reported = False
         channel.mask_reported = False
+        channel.trouble = False
 
     def no_work(self, dom: TwoLevelDomain, vcpu: VcpuInfo, t: int, seq: int) -> None:
         """A scan dispatched nothing (E2)."""
@@ -224,7 +230,7 @@ class Monitor:
                 words ^= low
                 setter = vcpu.setter[low.bit_length() - 1]
                 channel = dom.ports[setter] if setter != NONE else None
-                if channel is not None and channel.mask_t != NIL and channel.mask_t >= channel.select_t:
+                if channel is not None and channel.mask_t != NIL and channel.mask_t >= channel.pend_t:
                     return
         self.sink.report(
             codes.UPCALL_NO_WORK, t, dom=dom.id, vcpu=vcpu.number, seq=seq,
@@ -330,16 +336,18 @@ class Monitor:
                 if channel.delay_reported or not channel.is_ready() or channel.guest_cpu == NONE:
                     continue
                 vcpu = dom.vcpu(channel.guest_cpu)
-                if vcpu.running != 1 or channel.ready_t == NIL:
+                ready_t = max(channel.pend_t, channel.unmask_t)
+                if vcpu.running != 1 or channel.pend_t == NIL:
                     continue
-                start = max(channel.ready_t, vcpu.run_t)
+                start = max(ready_t, vcpu.run_t)
                 if t - start < self.delay_ns:
                     following = min(following, start + self.delay_ns)
                     continue
                 channel.delay_reported = True
+                channel.trouble = True
                 self.sink.report(
-                    codes.DELIVERY_DELAY, t, dom=dom.id, vcpu=vcpu.number, obj=channel.number, val=t - channel.ready_t,
-                    t_first=channel.ready_t, expected=f"handled within {self.delay_ns} ns",
+                    codes.DELIVERY_DELAY, t, dom=dom.id, vcpu=vcpu.number, obj=channel.number, val=t - ready_t,
+                    t_first=ready_t, expected=f"handled within {self.delay_ns} ns",
                     observed=f"pending and not masked, upcall_mask {_flag(vcpu.upcall_mask)}, vCPU running",
                     evidence=self.story(channel),
                 )  # fmt: skip
@@ -360,6 +368,7 @@ class Monitor:
                     following = min(following, start + self.masked_ns)
                     continue
                 channel.mask_reported = True
+                channel.trouble = True
                 self.sink.report(
                     codes.MASKED_PENDING_LONG, t, dom=dom.id, vcpu=channel.guest_cpu, obj=channel.number,
                     val=t - start, t_first=start, observed="pending 1, mask 1", evidence=self.story(channel),
