@@ -20,7 +20,8 @@ class InterruptsReader(TextReader):
     """
 
     format: ClassVar[str] = "proc-interrupts"
-    RECOGNISE = re.compile(rb"\A(?:\s*\n)*\s+CPU\d+(?:\s+CPU\d+)*[ \t]*\r?\n")
+    RECOGNISE = re.compile(rb"\A\s+CPU\d+(?:[ \t]+CPU\d+)*[ \t]*\r?\n")
+    LINE_BYTES = 1 << 16  # eleven bytes for each CPU
     TABLES = {
         declared.name: (declared, kinds)
         for declared, kinds in (
@@ -46,7 +47,7 @@ class InterruptsReader(TextReader):
         )
     }
     _HEAD = re.compile(r"^\s*CPU\d+(?:\s+CPU\d+)*\s*$")
-    _LINE = re.compile(r"^\s*(?P<label>[A-Za-z0-9_]+):\s+(?P<rest>\d.*?)\s*$")
+    _LINE = re.compile(r"^\s*(?P<label>[A-Za-z0-9_]+):\s+(?P<rest>\d.*)$")
     # chip, then "2-edge", "25 Level" or "-virq", then the names
     _CHIP = re.compile(r"^(?P<chip>\S+)\s+(?:(?P<hwirq>\d+)(?:-|\s+)|-)(?P<flow>\S+)(?:\s+(?P<actions>\S.*))?$")
 
@@ -61,7 +62,7 @@ class InterruptsReader(TextReader):
             self._cpus = [int(word[3:]) for word in text.split()]
             self._snapshot += 1
             return [Row("interrupt_cpus", {"snapshot": self._snapshot, "cpus": " ".join(map(str, self._cpus))})]
-        match = self._LINE.match(text)
+        match = self._LINE.match(text.rstrip())
         if not match or self._snapshot < 0:
             return []
         label, rest = match["label"], match["rest"]

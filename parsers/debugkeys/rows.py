@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
-from parsers.qemu.lines import MAX_LINE, LineBatch, line_batches
+from parsers.qemu.lines import LineBatch, line_batches
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Column, Table
 
@@ -104,6 +104,8 @@ class TextReader:
     format: ClassVar[str] = ""
     note_codes: ClassVar[tuple[NoteCode, ...]] = (_CUT, _OTHER, _LONG)
     TABLES: ClassVar[dict[str, tuple[Table, dict[str, str]]]] = {}
+    #: Bytes of the longest line that is matched; longer ones are kept in `other`. Bounds the time a pattern can take.
+    LINE_BYTES: ClassVar[int] = 1024
     RECOGNISE: ClassVar[re.Pattern[bytes]] = re.compile(rb"(?!)")
 
     @classmethod
@@ -154,14 +156,14 @@ class TextReader:
         for index, text in enumerate(batch.text.to_list()):
             self._line = batch.first_line + index
             try:
-                made = self.line(text) if lengths[index] <= MAX_LINE else []
+                made = self.line(text) if lengths[index] <= self.LINE_BYTES else []
             except ValueError:
                 made = []
             if not made:
                 made = [Row(OTHER.name, {"text": batch.raw(index), "length": lengths[index]})]
                 skipped += lengths[index]
                 others += 1
-                if lengths[index] > MAX_LINE:
+                if lengths[index] > self.LINE_BYTES:
                     notes.append(self._note(_LONG, f"line {self._line}", batch.offset + int(batch.starts[index])))
             for row in made:
                 row.line = row.line or self._line
@@ -173,7 +175,7 @@ class TextReader:
         if others:
             notes.append(self._note(_OTHER, f"{others} lines", batch.offset, others))
         gaps: list[Gap] = []
-        if batch.unterminated and last and self._cut_matters(batch):
+        if batch.unterminated and last:
             offset = batch.offset + int(batch.starts[-1])
             notes.append(self._note(_CUT, "the last line has no line end", offset))
             gaps.append(Gap("truncated", None, None, None, offset, int(lengths[-1]), text="ends inside a line"))
@@ -181,9 +183,6 @@ class TextReader:
         self.accounting.skipped += skipped
         self.accounting.parsed += batch.size - skipped
         return Chunk({name: self._table(name, made) for name, made in rows.items()}, gaps, notes, self.accounting.total)
-
-    def _cut_matters(self, batch: LineBatch) -> bool:
-        return bool(batch.text[-1].strip())
 
     def _note(self, code: NoteCode, text: str, offset: int, count: int = 1) -> Note:
         return Note(code.code, code.severity, text, offset, count=count)

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from parsers.qemu.events import CPU_NAMING, EVENTS, GENERIC, UNPARSED, Event
-from parsers.qemu.lines import LineBatch, line_batches
+from parsers.qemu.lines import BATCH_BYTES, LineBatch, line_batches
 from parsers.qemu.registers import DECODERS, decode
 from parsers.qemu.regtables import REGISTER_TABLES
 from parsers.qemu.threads import ThreadMap
@@ -119,7 +119,7 @@ class QemuReader:
         """The log in batches of lines."""
         self._stream.seek(0)
         first = True
-        for batch in line_batches(self._stream):
+        for batch in line_batches(self._stream, BATCH_BYTES):
             chunk = self._chunk(batch)
             if first and self._us0 is None:
                 chunk.notes.append(_note("qemu-no-stamps", "the log has no stamps; record with -msg timestamp=on"))

@@ -31,8 +31,10 @@ _LINE = (
 )
 _SNIFF = re.compile(rb"^CPU\d+  \d+ \(\+ *-?\d+\)  +[A-Za-z_]", re.M)
 _UNKNOWN = r"^\s*\(0x(?P<ev>[0-9a-f]{1,16})\)\s+\[(?P<w>(?: 0x[0-9a-f]{1,8}){7}) \]\s*$"
-#: Lines held back for the merge; a recording has two epochs of windows (a few MiB), anything above is no recording.
-_HOLD = 1_000_000
+#: Bytes held back for the merge: two rounds of the collector at most, as text; above it order is given up.
+_HOLD = 256 << 20
+#: Bytes read at a time.
+BATCH_BYTES = 2 << 20
 
 _CODES = {
     note.code: note
@@ -85,31 +87,29 @@ class ClassicReader:
         """The text, merged over CPUs within what two rounds of the collector can overlap."""
         self._stream.seek(0)
         held: list[pl.DataFrame] = []
-        count = 0
         window_cpu = 1 << 30
         epoch_high = previous_high = -1
         first = True
-        for batch in line_batches(self._stream, 2 << 20):
+        for batch in line_batches(self._stream, BATCH_BYTES):
             lines, notes, gaps = self._lines(batch)
             held.append(lines)
-            count += lines.height
             # A window of a CPU not above the one before starts a new round of the collector. What is read in the
             # round after next was written after the present round began: up to the highest stamp of the round before
             # the last, order is final.
-            for cpu, high in (
-                lines.group_by("window", maintain_order=True)
-                .agg(pl.col("cpu").first(), pl.col("key").max())
-                .select("cpu", "key")
-                .iter_rows()
-            ):
-                if cpu is not None and cpu <= window_cpu:
-                    previous_high, epoch_high = max(previous_high, epoch_high), -1
-                window_cpu = cpu if cpu is not None else window_cpu
+            opens = (pl.col("name").first() == "cpu_change").fill_null(False)
+            windows = lines.group_by("window", maintain_order=True).agg(
+                opens.alias("opens"), pl.col("cpu").first(), pl.col("key").max()
+            )
+            for _, opened, cpu, high in windows.iter_rows():
+                if opened and cpu is not None:
+                    if cpu <= window_cpu:
+                        previous_high, epoch_high = max(previous_high, epoch_high), -1
+                    window_cpu = cpu
                 epoch_high = max(epoch_high, high)
             every = pl.concat(held)
-            limit = previous_high if count < _HOLD else int(every["key"].max() or 0)  # type: ignore[arg-type]
+            limit = previous_high if every.estimated_size() < _HOLD else int(every["key"].max() or 0)  # type: ignore[arg-type]
             ready, rest = every.filter(pl.col("key") <= limit), every.filter(pl.col("key") > limit)
-            held, count = [rest], rest.height
+            held = [rest]
             if first:
                 notes.append(_note("format-lossy", _CODES["format-lossy"].doc))
             first = False

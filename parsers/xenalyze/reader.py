@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from parsers.qemu.lines import LineBatch, line_batches
+from parsers.qemu.lines import BATCH_BYTES, LineBatch, line_batches
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Column, Table
 from parsers.xenalyze.grammar import PATTERNS
@@ -135,7 +135,7 @@ class XenalyzeReader:
         """The dump in batches of lines."""
         self._stream.seek(0)
         first = True
-        for batch in line_batches(self._stream):
+        for batch in line_batches(self._stream, BATCH_BYTES):
             chunk = self._chunk(batch)
             if first:
                 code = "xenalyze-clock" if self._known else "xenalyze-clock-assumed"
