@@ -122,7 +122,7 @@ def _cache_key(path: Path, options: IngestOptions) -> str:
 def _say_damage(ingested: Ingested) -> None:
     for note in ingested.notes:
         if note["severity"] == "error":
-            terminal.error(f"{note['source']}: offset {note['offset']}: {note['text']}")
+            terminal.error(f"{note['source']}: offset {note['offset']}: {note['text']}; the rest was kept")
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from parsers.formats import reader_class, sniff
+from parsers.formats import FORMATS, reader_class, sniff
 from parsers.open import Opened, open_recording
 from parsers.recording import Gap, Note, Reader, ReadOptions, RecordingError
 from replay.binding.base import Bound, Context
+from replay.declare import UsageError
 from replay.events import SCHEMA
 from tracetool import __version__
 from tracetool.store import Dataset, DatasetWriter
@@ -64,8 +65,15 @@ def ingest(
     cases nothing is left behind. Damage inside a recording becomes gaps and notes.
     """
     if len(recordings) != 1:
-        raise RecordingError("one recording at a time; several on a common clock cannot be merged yet")
+        raise UsageError("one recording at a time; several on a common clock cannot be merged yet")
     name = recordings[0]
+    try:
+        return _ingest(name, target, options, progress)
+    except RecordingError as error:
+        raise RecordingError(f"{name}: offset {error.offset}: {error}", offset=error.offset) from error
+
+
+def _ingest(name: str, target: Path, options: IngestOptions, progress: Progress | None) -> Ingested:
     with DatasetWriter(target, force=options.force) as writer:
         opened = open_recording(name)
         reader = _reader(opened, options)
@@ -80,22 +88,23 @@ def ingest(
         manifest["facts"] = bound.facts
         batches = _reported(bound.batches, progress, manifest["span"]["records"])
         manifest["events"] = writer.write_events(batches, SCHEMA)
+        manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
         writer.finish(manifest)
-        damaged = any(n["severity"] == "error" for n in writer.notes)
-        return Ingested(target, manifest, writer.gaps, writer.notes, damaged)
+        return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
 
 
 def _reader(opened: Opened, options: IngestOptions) -> Reader:
     """The reader for what the bytes look like, or for what the user says they are."""
     if opened.size == 0:
-        raise RecordingError("empty file: no recording in it")
+        raise RecordingError("empty, expected a recording; nothing was written")
     head = opened.head()
     try:
         cls = reader_class(options.format) if options.format else sniff(head)
     except KeyError:
-        raise RecordingError(f"unknown format {options.format!r}") from None
+        known = ", ".join(format_name for format_name, _, _ in FORMATS)
+        raise UsageError(f"no format {options.format!r}; there are {known}") from None
     if cls is None:
-        raise RecordingError(f"not a recording of a known format; it starts with {head[:12]!r}")
+        raise RecordingError(f"expected a recording of a known format, found {head[:12]!r}; nothing was written")
     return cls(
         opened.stream,
         ReadOptions(source=_label(opened), cpu_hz=options.cpu_hz, xen_version=options.xen_version),

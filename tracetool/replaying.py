@@ -57,8 +57,8 @@ def choose(spec: str) -> Choice:
     if system:
         SYSTEMS[system].policy(name)
     elif name not in ("current", "proposed", "any") and not any(name in SYSTEMS[s].policies for s in SYSTEMS):
-        known = sorted({p for s in SYSTEMS for p in SYSTEMS[s].policies})
-        raise UsageError(f"no system has a policy {name!r}; there are current, proposed, {', '.join(known)}")
+        known = sorted({p for s in SYSTEMS for p in SYSTEMS[s].policies} | {"current", "proposed"})
+        raise UsageError(f"no system has a policy {name!r}; there are {', '.join(known)}")
     return Choice(name, system or None)
 
 
@@ -163,6 +163,8 @@ class _Session:
             run = self.what_if(choice.name, choice.cls)
         else:
             name = self.system.roles.get(choice.name, choice.name)
+            if choice.name == "current" and choice.system is None:
+                name = self.system.recorded  # "current" alone is whatever the recording comes from
             if name not in self.system.policies and len(self.system.policies) == 1:
                 name = self.system.recorded
             if name not in self.system.policies:
@@ -184,7 +186,7 @@ class _Session:
         run = self._run(name, cls, closed=True, kinds=self._stimuli())
         run.horizon_ns = _horizon(base, run, self.dataset)
         run.extra["calibration"] = calibration = self.calibration(base)
-        if calibration["state"] == "uncalibrated":
+        if calibration["state"] == "uncalibrated" and any(c.state != "blind" for c in self.rules):
             run.findings.append(
                 Finding(
                     UNCALIBRATED, UNCALIBRATED.severity, 0,

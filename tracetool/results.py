@@ -120,11 +120,11 @@ def _episodes(findings: list[dict[str, Any]]) -> None:
 
 
 def verdict(findings: Iterable[Mapping[str, Any]], rules: Sequence[Coverage], blind_share: float) -> str:
-    """`findings` for any warn or error; `inconclusive` if nothing could be checked or gaps cover most; else `clean`."""
-    if any(f["severity"] in ("error", "warn") for f in findings):
-        return "findings"
+    """`inconclusive` if nothing could be checked or gaps cover most; `findings` for any warn or error; else `clean`."""
     if rules and not any(c.state != "blind" for c in rules):
         return "inconclusive"
+    if any(f["severity"] in ("error", "warn") for f in findings):
+        return "findings"
     return "inconclusive" if blind_share > 0.5 else "clean"
 
 

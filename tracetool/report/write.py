@@ -1,0 +1,58 @@
+"""Writes a report in the form that the file's name asks for; it appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from replay.declare import UsageError
+from tracetool.store import Dataset, StoreError
+
+__all__ = ["SUFFIXES", "write_report", "write_whole"]
+
+SUFFIXES: Final = (".html", ".txt", ".md", ".json", ".xml")
+
+
+def write_report(dataset: Dataset, runs: Sequence[Mapping[str, Any]], output: Path, *, command: str = "") -> int:
+    """Render the runs and write them to `output`; returns the size in bytes. UsageError for an unknown suffix."""
+    suffix = output.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{output}: a report ends in one of {', '.join(SUFFIXES)}")
+    text = _render(suffix, dataset, runs, command)
+    return write_whole(output, text)
+
+
+def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str) -> str:
+    if suffix == ".html":
+        from tracetool.report import html
+
+        return html.render(dataset, runs, command=command)
+    if suffix == ".txt":
+        from tracetool.report import text
+
+        return text.render(runs, dataset.manifest)
+    if suffix == ".md":
+        from tracetool.report import markdown
+
+        return markdown.render(runs, dataset.manifest)
+    if suffix == ".xml":
+        from tracetool.report import junit
+
+        return junit.render(runs, dataset.manifest)
+    return json.dumps({"schema": 1, "manifest": dataset.manifest, "runs": list(runs)}, indent=1) + "\n"
+
+
+def write_whole(output: Path, text: str) -> int:
+    """Write beside and rename; StoreError when that is not possible."""
+    data = text.encode("utf-8", "backslashreplace")
+    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        staging.write_bytes(data)
+        staging.rename(output)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
+    return len(data)
