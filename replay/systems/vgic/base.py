@@ -42,6 +42,11 @@ RUN: Final = KIND_ID["sched.run"]
 STOP: Final = KIND_ID["sched.stop"]
 LOST: Final = KIND_ID["trace.lost"]
 
+ABOUT_IRQ: Final = frozenset(
+    (PHYS_IRQ, DEACTIVATE, AFFINITY, ENABLE, DISABLE, PRIORITY)
+    + (LR_WRITE, LR_CLEAR, GUEST_ACK, GUEST_EOI, INJECT, ITARGETS)
+)  # fmt: skip
+
 #: Vcpus and irqs that a run can have; events that name others are ignored (a corrupt recording, not a guest).
 MAX_VCPUS: Final = 4096
 MAX_INTID: Final = 1020
@@ -106,53 +111,60 @@ class VgicBase(Machine):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """Feed canonical events; kinds of other systems are skipped."""
+        heap = self.agenda.heap
         for kind, t, cpu, dom, vcpu, obj, tgt, val, seq in rows:
-            self.advance(t)
+            if heap:
+                self.advance(t)
+            else:
+                self.now = t
             self.seq = seq
-            if kind == RUN:
+            if kind == HYP_ENTRY:
+                if 0 <= vcpu < MAX_VCPUS:
+                    self.hyp_entry(self.place(dom, vcpu))
+            elif kind in ABOUT_IRQ:
+                if 0 <= obj < MAX_INTID and vcpu < MAX_VCPUS:
+                    self.about_irq(kind, cpu, self.place(dom, vcpu), self.irq(dom, obj), dom, tgt, val)
+            elif kind == RUN:
                 if dom != IDLE_DOMAIN and 0 <= vcpu < MAX_VCPUS:
                     self.run(cpu, self.place(dom, vcpu))
             elif kind == STOP:
                 if dom != IDLE_DOMAIN and 0 <= vcpu < MAX_VCPUS:
                     self.stop(cpu, self.place(dom, vcpu))
-            elif kind == LOST:
-                self.taint(cpu, val, t)
             elif kind == KICK:
                 self.kick_sent(cpu, tgt)
             elif kind == MAINT:
                 self.maintenance_taken(cpu, val)
-            elif kind == HYP_ENTRY:
-                if 0 <= vcpu < MAX_VCPUS:
-                    self.hyp_entry(self.place(dom, vcpu))
-            elif not 0 <= obj < MAX_INTID or vcpu >= MAX_VCPUS:
-                continue
-            elif kind == PHYS_IRQ:
-                self.phys_irq(self.irq(dom, obj))
-            elif kind == DEACTIVATE:
-                self.deactivated(self.irq(dom, obj))
-            elif kind == AFFINITY:
-                self.affinity_changed(self.irq(dom, obj), tgt)
-            elif kind == ENABLE:
-                self.enable(self.irq(dom, obj), self.place(dom, vcpu))
-            elif kind == DISABLE:
-                self.disable(self.irq(dom, obj))
-            elif kind == PRIORITY:
-                self.irq(dom, obj).priority = val & 0xFF
-            elif vcpu < 0:
-                continue
-            elif kind == GUEST_ACK:
-                self.acked(self.place(dom, vcpu), self.irq(dom, obj))
-            elif kind == GUEST_EOI:
-                self.ended(self.place(dom, vcpu), self.irq(dom, obj))
-            elif kind == ITARGETS:
-                if 0 <= tgt < MAX_VCPUS:
-                    self.itargets(self.irq(dom, obj), self.place(dom, vcpu), self.place(dom, tgt))
-            elif kind == LR_WRITE:
-                self.lr_written(self.place(dom, vcpu), cpu, self.irq(dom, obj), tgt, val)
-            elif kind == LR_CLEAR:
-                self.lr_cleared(self.place(dom, vcpu), cpu, self.irq(dom, obj), tgt)
-            elif kind == INJECT:
-                self.injected(self.place(dom, vcpu), self.irq(dom, obj))
+            elif kind == LOST:
+                self.taint(cpu, val, t)
+
+    def about_irq(self, kind: int, cpu: int, v: int, q: Irq, dom: int, tgt: int, val: int) -> None:
+        """Events that name an interrupt; most of them also name a vcpu."""
+        if kind == PHYS_IRQ:
+            self.phys_irq(q)
+        elif kind == DEACTIVATE:
+            self.deactivated(q)
+        elif kind == AFFINITY:
+            self.affinity_changed(q, tgt)
+        elif kind == ENABLE:
+            self.enable(q, v)
+        elif kind == DISABLE:
+            self.disable(q)
+        elif kind == PRIORITY:
+            q.priority = val & 0xFF
+        elif v < 0:
+            return
+        elif kind == LR_WRITE:
+            self.lr_written(v, cpu, q, tgt, val)
+        elif kind == LR_CLEAR:
+            self.lr_cleared(v, cpu, q, tgt)
+        elif kind == GUEST_ACK:
+            self.acked(v, q)
+        elif kind == GUEST_EOI:
+            self.ended(v, q)
+        elif kind == INJECT:
+            self.injected(v, q)
+        elif 0 <= tgt < MAX_VCPUS:
+            self.itargets(q, v, self.place(dom, tgt))
 
     # -- stimuli -----------------------------------------------------------------------------------------
 

@@ -147,9 +147,11 @@ LR_STALE: Final = Code(
     "info",
     "G3",
     "Xen gic_clear_lrs",
-    "A list register stayed VISIBLE after the guest's EOI until the next entry. `val` is for how long.",
+    "A list register stayed VISIBLE after the guest's EOI for longer than stale_ns, until the next entry. `val` is for "
+    "how long.",
     "Lazy clearing, by design.",
     needs=(_EOI, _CLEAR),
+    thresholds=("stale_ns",),
     closed=False,
 )
 HW_PENDING_ACTIVE: Final = Code(
@@ -200,5 +202,6 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("migrating_ns", 10_000_000, "ns", "MIGRATING for longer is stuck"),
     Parameter("leak_ns", 1_000_000, "ns", "physically active without a holder for longer is a leak"),
     Parameter("lost_ns", 1_000_000_000, "ns", "an arrival not acknowledged for longer by the end is lost"),
+    Parameter("stale_ns", 100_000, "ns", "lazy clearing for longer is mentioned; the metric lazy_lr_ns counts all"),
     Parameter("slice_ns", 30_000_000, "ns", "a scheduler time slice; affinity may lag that long"),
 )  # fmt: skip

@@ -50,6 +50,7 @@ class Monitor:
         self.migrating_ns: int = config.integer("migrating_ns")
         self.leak_ns: int = config.integer("leak_ns")
         self.lost_ns: int = config.integer("lost_ns")
+        self.stale_ns: int = config.integer("stale_ns")
         self.slice_ns: int = config.integer("slice_ns")
         self.support: dict[str, bool] = {}
         # metrics
@@ -167,7 +168,7 @@ class Monitor:
         since = vcpu.invalid_since[lr]
         if since != NIL:
             self.lazy_lr_ns += self.machine.now - since
-            if self.machine.now > since:
+            if self.machine.now - since > self.stale_ns:
                 self.report(LR_STALE, q, vcpu.id, val=self.machine.now - since, since=since)
 
     # -- no way forward ----------------------------------------------------------------------------------
