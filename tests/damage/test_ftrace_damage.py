@@ -47,8 +47,8 @@ def read(
     return reader, chunks, tables
 
 
-NASTY = [b"", b"a-12 [001]", b" x", b"a: b", b"\xff\xfe", b"==>", b"tab\there", b"back\\slash", b"caf\xc3\xa9", b"<...>"]
-NASTY += [b"x=1 y=2"]
+NASTY = [b"", b"a-12 [001]", b" x", b"a: b", b"\xff\xfe", b"==>", b"tab\there", b"back\\slash", b"caf\xc3\xa9"]
+NASTY += [b"<...>", b"x=1 y=2"]
 
 
 def test_task_names_are_bytes() -> None:
