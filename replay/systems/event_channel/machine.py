@@ -544,11 +544,12 @@ class TwoLevelMachine(Machine):
         (Xen evtchn_bind_vcpu, Linux bind_evtchn_to_cpu)."""
         if not 0 <= vcpu <= MAX_VCPU:
             vcpu = NONE
+        if (notify and channel.notify_vcpu != vcpu) or (guest and channel.guest_cpu != vcpu):
+            channel.bound_t = self.now
         if notify:
             channel.notify_vcpu = vcpu
         if guest:
             channel.guest_cpu = vcpu
-        channel.bound_t = self.now
         channel.seen_t = NIL
         self.monitor.bound(dom, channel, self.now)
 

@@ -319,6 +319,8 @@ class Monitor:
         """Selector and upcall byte have contradicted each other for strand_ns."""
         if vcpu.sel_gen != generation or vcpu.in_upcall != 0 or not dom.sees_sends:
             return
+        if vcpu.upcall_pending != (0 if action == SELECTOR else 1) or bool(vcpu.sel) != (action == SELECTOR):
+            return
         code = codes.SELECTOR_WITHOUT_UPCALL if action == SELECTOR else codes.UPCALL_WITHOUT_SELECTOR
         self.sink.report(
             code, t, dom=dom.id, vcpu=vcpu.number, t_first=t - self.strand_ns,

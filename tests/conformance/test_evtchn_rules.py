@@ -1,0 +1,446 @@
+"""Event channels, recordings: every code fires where it should and is silent where the spec says "not when"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from replay.declare import Config
+from replay.driver import Run, run_machine
+from replay.events import events_from_json
+from replay.hardware.evtchn_fifo import BUSY, LINKED, MASKED, PENDING
+from replay.hardware.evtchn_two_level import (
+    SNAP_GUEST_CPU,
+    SNAP_MASK,
+    SNAP_NOTIFY_VCPU,
+    SNAP_PENDING,
+    SNAP_SEL,
+    SNAP_UPCALL_MASK,
+    SNAP_UPCALL_PENDING,
+)
+from replay.systems import SYSTEMS
+from replay.systems.event_channel.codes import CODES
+
+SYSTEM = SYSTEMS["evtchn"]
+US = 1_000
+MS = 1_000_000
+Event = tuple[int, str, Mapping[str, int]]
+
+
+def replay(
+    events: Sequence[Event],
+    *,
+    policy: str = "proposed",
+    end: int = 20 * MS,
+    sub: str = "",
+    known: bool = True,
+    closed: bool = False,
+    init: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Run:
+    in_order = sorted(events, key=lambda event: event[0])
+    table = events_from_json([{"t": t, "kind": kind, **fields} for t, kind, fields in in_order])
+    return run_machine(
+        SYSTEM, policy, [table], config=Config(SYSTEM.parameters, config), closed=closed, sub=sub, init=init, t_end=end,
+        from_boot=known,
+    )  # fmt: skip
+
+
+def codes(run: Run) -> list[str]:
+    return [f.code.name for f in run.findings]
+
+
+def bind(port: int, vcpu: int = 0) -> Event:
+    return (0, "evtchn.rebind", {"obj": port, "tgt": vcpu})
+
+
+def send(t: int, port: int) -> Event:
+    return (t, "evtchn.send", {"obj": port})
+
+
+def scan(t: int, vcpu: int, *ports: int, end: int = 1_000) -> list[Event]:
+    """An upcall that handles `ports`."""
+    events: list[Event] = [(t, "evtchn.upcall", {"vcpu": vcpu})]
+    for port in ports:
+        events.append((t + 100, "evtchn.handled", {"vcpu": vcpu, "obj": port}))
+        events.append((t + 200, "evtchn.clear", {"vcpu": vcpu, "obj": port}))
+    return [*events, (t + end, "evtchn.upcall_end", {"vcpu": vcpu})]
+
+
+def unmask(t: int, vcpu: int, port: int) -> Event:
+    return (t, "evtchn.unmask", {"vcpu": vcpu, "obj": port})
+
+
+def mask(t: int, vcpu: int, port: int) -> Event:
+    return (t, "evtchn.mask", {"vcpu": vcpu, "obj": port})
+
+
+def snap(t: int, what: int, val: int, index: int = 0, vcpu: int = 0) -> Event:
+    return (t, "evtchn.snapshot", {"obj": what, "tgt": index, "val": val, "vcpu": vcpu})
+
+
+STRANDED = "evtchn-stranded-pending"
+WRONG = "evtchn-selector-wrong-vcpu"
+NO_WORK = "evtchn-upcall-no-work"
+PIGGYBACK = "evtchn-piggyback-delivery"
+MISMATCH = "evtchn-binding-mismatch"
+NOOP = "evtchn-unmask-hypercall-noop"
+DELAY = "evtchn-delivery-delay"
+
+#: The seed's port 65, recorded: masked and pending, unmasked on vCPU 3, vCPU 3 finds nothing.
+SEED: list[Event] = [
+    bind(65), bind(70), mask(0, 0, 65), send(100, 65), unmask(1_000, 3, 65),
+    (1_100, "evtchn.upcall", {"vcpu": 3}), (1_200, "evtchn.upcall_end", {"vcpu": 3}),
+]  # fmt: skip
+
+
+def test_the_seed_as_a_recording() -> None:
+    run = replay([*scan(10, 1), *SEED], policy="current", end=MS)
+    stranded = [f for f in run.findings if f.code.name == STRANDED]
+    assert [(f.t, f.obj, f.vcpu, f.val, f.severity, f.cause) for f in stranded] == [
+        (11_000, 65, 0, 1_000, "error", WRONG)
+    ]
+    assert [step.label for step in stranded[0].evidence] == [
+        "port 65 pending", "unmasked on vcpu3", "selector bit 1 set on vcpu3",
+    ]  # fmt: skip
+    assert [(f.t, f.vcpu, f.val) for f in run.findings if f.code.name == WRONG] == [(1_000, 3, 0)]
+
+
+def test_stranded_is_not_raised_while_something_is_unknown() -> None:
+    assert STRANDED not in codes(replay(SEED[2:], policy="current", known=False))
+    run = replay([*SEED[:-1], (1_150, "trace.lost", {"val": 1_120}), SEED[-1]], policy="current")
+    assert STRANDED not in codes(run)
+
+
+def test_stranded_found_before_a_loss_was_reported_is_tainted() -> None:
+    run = replay([*SEED, (30 * US, "trace.lost", {"val": 5 * US})], policy="current")
+    stranded = [f for f in run.findings if f.code.name == STRANDED]
+    assert [(f.severity, f.tags) for f in stranded] == [("info", ("tainted",))]
+
+
+def test_stranded_needs_its_time() -> None:
+    assert STRANDED not in codes(replay([*SEED, *scan(5 * US, 0, 65)], policy="current"))
+    assert STRANDED not in codes(replay(SEED, policy="current", end=10_999))
+
+
+def test_stranded_not_during_the_scan_of_its_word() -> None:
+    long_scan = [bind(65), send(0, 65), *scan(100, 0, 65, end=50 * US)]
+    late = (150, "evtchn.send", {"obj": 70})
+    assert STRANDED not in codes(replay([*long_scan, bind(70), late]))
+
+
+def test_a_rebind_strands_what_was_selected_before() -> None:
+    """E5: the selector bit stays with the old vCPU."""
+    run = replay([bind(65), send(100, 65), (200, "evtchn.rebind", {"obj": 65, "tgt": 2}), *scan(300, 0)])
+    assert [(f.t, f.vcpu) for f in run.findings if f.code.name == STRANDED] == [(10_200, 2)]
+
+
+def snapshot_of_stranded(t: int, sel: int = 0) -> list[Event]:
+    return [snap(t, SNAP_PENDING, 2, index=1), snap(t, SNAP_MASK, 0, index=1), snap(t, SNAP_SEL, sel)]
+
+
+def test_snapshots_prove_stranding_without_any_send() -> None:
+    start = [(0, "guest.bind_cpu", {"obj": 65, "tgt": 0}), *scan(0, 0), *scan(0, 0, 9), snap(5_000, SNAP_PENDING, 0)]
+    hidden = [snap(6_000, SNAP_PENDING, 1 << 9)]  # nobody was seen to send: sends are not recorded
+    events = [*start, *hidden, *snapshot_of_stranded(20 * US), *snapshot_of_stranded(25 * US)]
+    assert STRANDED not in codes(replay(events, known=False))
+    run = replay([*events, *snapshot_of_stranded(40 * US)], known=False)
+    assert [(f.t, f.val) for f in run.findings if f.code.name == STRANDED] == [(40 * US, 20 * US)]
+
+
+def test_snapshots_of_two_pending_lives_prove_nothing() -> None:
+    start = [(0, "guest.bind_cpu", {"obj": 65, "tgt": 0}), *scan(0, 0, 9), snap(5_000, SNAP_PENDING, 0)]
+    hidden = [snap(6_000, SNAP_PENDING, 1 << 9)]
+    between = scan(30 * US, 0, 65)
+    events = [*start, *hidden, *snapshot_of_stranded(20 * US), *between, *snapshot_of_stranded(40 * US)]
+    assert STRANDED not in codes(replay(events, known=False))
+    selected = [*start, *hidden, *snapshot_of_stranded(20 * US), *snapshot_of_stranded(40 * US, sel=2)]
+    assert STRANDED not in codes(replay(selected, known=False))
+
+
+def test_selector_wrong_vcpu_not_around_a_rebind_nor_for_another_port() -> None:
+    moved = [bind(65), (50_000, "evtchn.bind_vcpu", {"obj": 65, "tgt": 1}), send(52_000, 65)]
+    assert WRONG not in codes(replay(moved, end=55_000))
+    assert WRONG in codes(replay([*moved[:2], send(70_000, 65)], end=75_000))
+    shared = [bind(65), bind(70, 3), mask(0, 3, 70), send(50, 70), mask(0, 0, 65), send(60, 65),
+              snap(70, SNAP_MASK, 2, index=1), unmask(1_000, 3, 65)]  # fmt: skip
+    assert WRONG not in codes(replay(shared, policy="current", end=2_000))
+
+
+def test_upcall_no_work() -> None:
+    base = [bind(9), send(0, 9), *scan(100, 0, 9)]
+    assert codes(replay([*base, *scan(5_000, 0)])) == [NO_WORK]
+    nested = [*base, send(9_000, 9), *scan(9_100, 0, 9, end=5_000), *scan(9_500, 0, end=100)]
+    assert NO_WORK not in codes(replay(nested))
+    masked = [*base, send(9_000, 9), mask(9_050, 0, 9), *scan(9_100, 0)]
+    assert NO_WORK not in codes(replay(masked))
+
+
+def test_piggyback() -> None:
+    rescued = [*SEED, send(700_000, 70), *scan(700_100, 0, 65, 70)]
+    run = replay(rescued, policy="current")
+    assert [(f.t, f.obj, f.tgt, f.val) for f in run.findings if f.code.name == PIGGYBACK] == [
+        (700_200, 65, 70, 700_100)
+    ]
+    own = [*SEED, mask(600_000, 0, 65), unmask(700_000, 0, 65), *scan(700_100, 0, 65)]
+    assert PIGGYBACK not in codes(replay(own, policy="current"))
+
+
+def test_selector_without_upcall() -> None:
+    code = "evtchn-selector-without-upcall"
+    words = [snap(1_000, SNAP_SEL, 4), snap(1_000, SNAP_UPCALL_PENDING, 0)]
+    quiet = [bind(130), send(500, 130)]
+    assert code in codes(replay([*quiet, *words], end=12_000))
+    assert code not in codes(replay([*quiet, words[0], snap(1_000, SNAP_UPCALL_PENDING, 1)], end=12_000))
+    assert code not in codes(replay([*quiet, *words, *scan(5_000, 0, 130)], end=12_000))
+    inside = [*quiet, (600, "evtchn.upcall", {"vcpu": 0}), send(700, 131), *words]
+    assert code not in codes(replay(inside, end=12_000))
+
+
+def test_upcall_without_selector() -> None:
+    code = "evtchn-upcall-without-selector"
+    quiet = [bind(130), send(500, 130)]
+    words = [snap(1_000, SNAP_SEL, 0), snap(1_000, SNAP_UPCALL_PENDING, 1)]
+    assert code in codes(replay([*quiet, *words], end=12_000))
+    assert code not in codes(replay([*quiet, *words, *scan(5_000, 0)], end=12_000))
+
+
+def test_binding_mismatch() -> None:
+    one = [bind(65), (1_000, "guest.bind_cpu", {"obj": 65, "tgt": 3})]
+    assert [(f.code.name, f.t, f.severity) for f in replay(one, end=MS).findings] == [(MISMATCH, 11_000, "warn")]
+    assert codes(replay([*one, (3_000, "evtchn.bind_vcpu", {"obj": 65, "tgt": 3})], end=MS)) == []
+    stranded = replay([*one, send(20_000, 65)], end=MS)
+    assert [(f.severity, f.cause) for f in stranded.findings if f.code.name in (MISMATCH, STRANDED)] == [
+        ("warn", ""), ("error", ""), ("error", MISMATCH),
+    ]  # fmt: skip
+    seen = [snap(0, SNAP_NOTIFY_VCPU, 0, index=65), snap(0, SNAP_GUEST_CPU, 3, index=65)]
+    assert codes(replay(seen, known=False)) == [MISMATCH]
+
+
+def test_delivery_delay() -> None:
+    running: Event = (0, "sched.run", {"vcpu": 0, "cpu": 0})
+    base = [running, bind(9), send(100, 9), *scan(200, 0, 9), send(2_000, 9)]
+    found = [f for f in replay(base).findings if f.code.name == DELAY]
+    assert [(f.t, f.obj, f.val) for f in found] == [(2_000 + 10 * MS, 9, 10 * MS)]
+    assert DELAY not in codes(replay([*base, *scan(9 * MS, 0, 9)]))
+    assert DELAY not in codes(replay([*base, (3_000, "sched.stop", {"vcpu": 0, "val": 1})]))
+    back = [*base, (3_000, "sched.stop", {"vcpu": 0, "val": 1}), (9 * MS, "sched.run", {"vcpu": 0})]
+    assert [f.t for f in replay(back).findings if f.code.name == DELAY] == [19 * MS]
+    assert DELAY not in codes(replay([e for e in base if e is not running], known=False))
+
+
+def test_masked_pending_long() -> None:
+    code = "evtchn-masked-pending-long"
+    base = [bind(9), mask(0, 0, 9), send(1_000, 9)]
+    assert [(f.t, f.val) for f in replay(base, end=3_000 * MS).findings if f.code.name == code] == [
+        (1_000 * MS + 1_000, 1_000 * MS)
+    ]
+    assert code not in codes(replay([*base, unmask(900 * MS, 0, 9)], end=3_000 * MS))
+    assert code not in codes(replay([bind(9), send(1_000, 9)], end=3_000 * MS))
+
+
+def test_unmask_hypercall_noop() -> None:
+    start = [bind(65, 1), bind(70, 1), mask(0, 0, 65), send(100, 65)]
+    cleared = [*start, snap(150, SNAP_MASK, 0, index=1), (200, "evtchn.unmask_hypercall", {"vcpu": 0, "obj": 65})]
+    run = replay(cleared)
+    assert [(f.t, f.severity) for f in run.findings if f.code.name == NOOP] == [(200, "warn"), (10_150, "error")]
+    assert [f.cause for f in run.findings if f.code.name == STRANDED] == [NOOP]
+    selected = [*start, send(120, 70), *cleared[4:]]
+    assert NOOP not in codes(replay(selected))
+    proper = [*start, unmask(150, 0, 65), (200, "evtchn.unmask_hypercall", {"vcpu": 0, "obj": 65})]
+    run = replay([*proper, *scan(300, 1, 65)])
+    assert codes(run) == []
+    assert run.metrics["unmask_hypercalls"] == 1
+
+
+def test_hypercall_that_the_policy_did_not_predict() -> None:
+    start = [bind(65, 1), mask(0, 0, 65), send(100, 65)]
+    run = replay([*start, (200, "evtchn.unmask_hypercall", {"vcpu": 0, "obj": 65}), *scan(300, 1, 65)])
+    assert codes(run) == []
+    assert run.metrics["unmask_hypercalls"] == 1
+
+
+def test_port_range() -> None:
+    code = "evtchn-port-range"
+    assert codes(replay([send(0, 1024), send(1, 1024)], bits_per_word=32)) == [code]
+    assert codes(replay([send(0, 1024), *scan(100, 0, 1024)], bits_per_word=64)) == []
+    assert code in codes(replay([send(0, 1 << 17)], sub="fifo", policy="any"))
+
+
+def test_lost_wakeup_block() -> None:
+    code = "evtchn-lost-wakeup-block"
+    blocks: Event = (1_000, "sched.stop", {"vcpu": 0, "val": 2})
+    base = [bind(9), send(500, 9), blocks]
+    assert code in codes(replay(base))
+    assert code not in codes(replay([*base, (2_000, "sched.run", {"vcpu": 0})]))
+    assert code not in codes(replay([bind(9), blocks, send(2_000, 9)]))
+    assert code not in codes(replay([bind(9), (0, "evtchn.upcall_mask", {"vcpu": 0}), send(500, 9), blocks]))
+    assert code not in codes(replay([bind(9), send(500, 9), (1_000, "sched.stop", {"vcpu": 0, "val": 1})]))
+    assert code not in codes(replay([snap(400, SNAP_UPCALL_PENDING, 1), blocks], known=False))
+    words = [snap(400, SNAP_UPCALL_PENDING, 1), snap(400, SNAP_UPCALL_MASK, 0), blocks]
+    assert code in codes(replay(words, known=False))
+
+
+def test_modern_policy_of_an_hvm_guest_takes_the_hypercall_when_pending() -> None:
+    events = [bind(9), mask(0, 0, 9), send(100, 9), unmask(200, 0, 9)]
+    counts = [
+        replay(events, policy=policy, closed=True, hvm=hvm).metrics["unmask_hypercalls"]
+        for policy, hvm in (("modern", True), ("modern", False), ("proposed", True), ("current", True))
+    ]
+    assert counts == [1, 0, 0, 0]
+
+
+def test_close_forgets_the_pending_event() -> None:
+    events = [bind(65, 1), send(0, 65), (50, "evtchn.close", {"obj": 65})]
+    run = replay(events, closed=True)
+    assert codes(run) == [NO_WORK]  # the selector bit is still there
+    assert run.metrics["closed_pending"] == 1
+    assert run.metrics["handled"] == 0
+
+
+def test_masked_upcalls_are_delivered_once_when_allowed() -> None:
+    off: Event = (0, "evtchn.upcall_mask", {"vcpu": 0})
+    events = [bind(9), off, send(100, 9), send(200, 9), (5_000, "evtchn.upcall_unmask", {"vcpu": 0})]
+    m = replay(events, closed=True).metrics
+    assert (m["handled"], m["coalesced"], m["max_delivery_ns"], m["notifications"]) == (1, 1, 5_000, 1)
+
+
+def test_two_domains_do_not_share_ports() -> None:
+    events: list[Event] = [(0, "evtchn.rebind", {"obj": 65, "tgt": v, "dom": d}) for d, v in ((1, 0), (2, 1))]
+    events += [(100, "evtchn.send", {"obj": 65, "dom": 1}), (200, "evtchn.send", {"obj": 65, "dom": 2})]
+    run = replay(events, closed=True)
+    assert codes(run) == []
+    assert run.metrics["handled"] == 2
+
+
+def test_conservative_bind_sets_the_port_pending() -> None:
+    run = replay([(0, "evtchn.bind", {"obj": 65, "tgt": 2, "val": 2, "flags": 1})], closed=True)
+    assert run.metrics["handled"] == 1
+
+
+# -- FIFO ---------------------------------------------------------------------------------------------------------
+
+
+def word(t: int, port: int, val: int) -> Event:
+    return (t, "fifo.word", {"obj": port, "val": val})
+
+
+def head(t: int, queue: int, port: int, vcpu: int = 0) -> Event:
+    return (t, "fifo.head", {"vcpu": vcpu, "tgt": queue, "val": port})
+
+
+def ready(t: int, bits: int, vcpu: int = 0) -> Event:
+    return (t, "fifo.ready", {"vcpu": vcpu, "val": bits})
+
+
+CHECK: Event = (10, "fifo.check", {})
+
+
+def fifo(events: Sequence[Event], **config: Any) -> Run:
+    return replay(events, policy="any", sub="fifo", **config)
+
+
+def test_fifo_pending_unlinked() -> None:
+    code = "fifo-pending-unlinked"
+    assert [(f.t, f.obj) for f in fifo([word(0, 5, PENDING)]).findings] == [(10_000, 5)]
+    assert code not in codes(fifo([word(0, 5, PENDING | MASKED)]))
+    assert code not in codes(fifo([word(0, 5, PENDING), word(5_000, 5, 0)]))
+    handler = [send(0, 5), *scan(100, 0, 5), send(2_000, 5),
+               (2_100, "evtchn.upcall", {"vcpu": 0}), (2_200, "evtchn.handled", {"vcpu": 0, "obj": 5})]  # fmt: skip
+    assert code not in codes(fifo(handler))
+    assert codes(fifo([send(0, 5), *scan(100, 0, 5)], known=False)) == []
+
+
+def test_fifo_linked_unreachable() -> None:
+    code = "fifo-linked-unreachable"
+    chain = [word(0, 5, PENDING | LINKED | 6), word(0, 6, PENDING | LINKED), head(0, 7, 5), ready(0, 1 << 7)]
+    assert codes(fifo([*chain, CHECK])) == []
+    assert codes(fifo([*chain, word(0, 8, PENDING | LINKED), CHECK])) == [code]
+    assert codes(fifo([*chain, word(0, 8, PENDING | LINKED), CHECK], known=False)) == []
+    assert [f.t for f in fifo([*chain, word(0, 8, PENDING | LINKED)]).findings] == [20_000]
+
+
+def test_fifo_queue_cycle() -> None:
+    code = "fifo-queue-cycle"
+    ring = [word(0, 5, PENDING | LINKED | 6), word(0, 6, PENDING | LINKED | 5), head(0, 7, 5), ready(0, 1 << 7)]
+    assert [(f.code.name, f.vcpu, f.val) for f in fifo([*ring, CHECK]).findings] == [(code, 0, 7)]
+    assert code not in codes(fifo([ring[0], word(0, 6, PENDING | LINKED), *ring[2:], CHECK]))
+
+
+def test_fifo_ready_lost() -> None:
+    code = "fifo-ready-lost"
+    chain = [word(0, 5, PENDING | LINKED), head(0, 7, 5)]
+    assert codes(fifo([*chain, ready(0, 0), CHECK])) == [code]
+    assert code not in codes(fifo([*chain, ready(0, 1 << 7), CHECK]))
+    assert code not in codes(fifo([*chain, ready(0, 0), (0, "fifo.consuming", {"vcpu": 0, "val": 1}), CHECK]))
+    left = [*chain, ready(0, 0), (0, "fifo.consuming", {"vcpu": 0, "val": 0}), CHECK]
+    assert code in codes(fifo(left))
+    assert code not in codes(fifo([*chain, ready(0, 0), CHECK], known=False))
+
+
+def test_fifo_busy_stuck() -> None:
+    code = "fifo-busy-stuck"
+    assert [(f.code.name, f.t) for f in fifo([word(0, 5, BUSY | MASKED)]).findings] == [(code, 100_000)]
+    assert codes(fifo([word(0, 5, BUSY | MASKED), word(90_000, 5, MASKED)])) == []
+
+
+def urgent(t: int) -> list[Event]:
+    return [ready(t, 1 << 0 | 1 << 7)]
+
+
+def test_fifo_priority_inversion() -> None:
+    code = "fifo-priority-inversion"
+    base = [send(0, 5), (100, "evtchn.upcall", {"vcpu": 0})]
+    handled: Event = (300, "evtchn.handled", {"vcpu": 0, "obj": 5})
+    assert code in codes(fifo([*base, ready(200, 1), handled]))
+    assert code not in codes(fifo([*base, ready(200, 1 << 9), handled]))
+    assert code not in codes(fifo([*base, handled, ready(400, 1)]))
+
+
+def test_fifo_old_queue() -> None:
+    code = "fifo-old-queue-delivery"
+    base = [send(0, 5), (50, "evtchn.bind_vcpu", {"obj": 5, "tgt": 1})]
+    assert codes(fifo([*base, *scan(100, 0, 5)])) == [code]
+    assert codes(fifo([(0, "evtchn.bind_vcpu", {"obj": 5, "tgt": 1}), send(10, 5), *scan(100, 1, 5)])) == []
+
+
+def test_fifo_lost_queue_change() -> None:
+    code = "fifo-lost-queue-change"
+    moves: list[Event] = [(t, "evtchn.bind_vcpu", {"obj": 5, "tgt": 1 + t}) for t in range(3)]
+    assert code in codes(fifo([*moves, word(10, 5, PENDING)]))
+    assert code not in codes(fifo([*moves[:2], word(10, 5, PENDING)]))
+
+
+def test_fifo_no_control_block() -> None:
+    code = "fifo-no-control-block"
+    init = {"S5": {"unmapped": [0]}}
+    assert codes(fifo([send(0, 5)], init=init, end=5_000)) == [code]
+    assert codes(fifo([ready(0, 0), send(10, 5)], init=init, end=5_000)) == []
+
+
+def test_fifo_delivers_by_priority() -> None:
+    init = {"S5": {"priority": {"5": 9, "6": 2}}}
+    off: Event = (0, "evtchn.upcall_mask", {"vcpu": 0})
+    events = [off, send(10, 5), send(20, 6), send(30, 7), (100, "evtchn.upcall_unmask", {"vcpu": 0})]
+    run = fifo(events, init=init, closed=True)
+    assert (run.metrics["handled"], run.metrics["upcalls"], codes(run)) == (3, 1, [])
+
+
+def test_fifo_unmask_links() -> None:
+    events = [mask(0, 0, 5), send(10, 5), unmask(1_000, 3, 5)]
+    run = fifo(events, closed=True)
+    assert (run.metrics["handled"], run.metrics["unmask_hypercalls"], codes(run)) == (1, 1, [])
+
+
+def test_every_code_is_named_in_a_test() -> None:
+    text = open(__file__, encoding="utf-8").read()  # noqa: PTH123, SIM115
+    assert [code.name for code in CODES if f'"{code.name}"' not in text] == []
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+def test_declared_thresholds_exist(code: Any) -> None:
+    names = {parameter.name for parameter in SYSTEM.parameters}
+    assert set(code.thresholds) <= names
+    assert code.doc.endswith(".")
