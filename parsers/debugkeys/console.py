@@ -34,7 +34,9 @@ class XenConsoleReader(TextReader):
 
     format: ClassVar[str] = "xen-console"
     TABLES = TABLES
-    RECOGNISE = re.compile(rb"^\r?\(XEN\) ", re.M)
+    RECOGNISE = re.compile(
+        rb"^\r?\(XEN\) |^'.' pressed -> |^IRQ information:|^Event channel information for domain \d", re.M
+    )
     STAMP_ERROR = 999
 
     def start(self, head: bytes) -> None:
@@ -44,24 +46,29 @@ class XenConsoleReader(TextReader):
         self._context: dict[str, str | None] = {}
         self._us = 0
         self._stamp: int | None = None
+        self._bare = b"(XEN) " not in head  # a dump pasted without the console's prefix
         found = _BOOT_STAMP.search(head)
         if found:
             self._us = int(found[1]) * 1_000_000 + int(found[2])
             self.clock = ClockModel("us", 1e6, self._us, "ns", "console_timestamps=boot")
 
     def _time(self, row: Row) -> int:
-        return max((row.tsc if row.tsc is not None else row.values.get("_us", self._us)) - self.clock.tsc0, 0) * 1000
+        return max((row.tsc if row.tsc is not None else row.at) - self.clock.tsc0, 0) * 1000
+
+    def last_stamp(self) -> int:
+        """Microseconds since Xen's boot."""
+        return self._us
 
     def line(self, text: str) -> list[Row]:
         """Rows of one console line."""
         prefix = _PREFIX.match(text)
-        if prefix is None:
+        if prefix is None and not self._bare:
             return []  # a guest's or dom0's own line
         self._stamp = None
-        if prefix["s"] is not None:
+        if prefix is not None and prefix["s"] is not None:
             # Stamps are taken before the console lock, so neighbours may be swapped by microseconds.
             self._us = self._stamp = max(self._us, int(prefix["s"]) * 1_000_000 + int(prefix["us"]))
-        body = text[prefix.end() :]
+        body = text if prefix is None else text[prefix.end() :]
         for rule in RULES:
             if rule.within is not None and rule.within != self._section:
                 continue

@@ -4,7 +4,7 @@ A `Rule` is one kind of line: the table it goes to, its pattern, the dump it mus
 (`enter`), which of its values hold for the lines below (`sets`) and which it takes from above (`uses`).
 Rules marked `tried=False` are written from Xen's printk formats and have not met a real dump.
 Sources of the formats: Xen 4.2–4.20, `domain_dump_evtchn_info`, `dump_irqs`, `dump_ioapic_irq_info`, `__print_IO_APIC`,
-`dump_msi`, `dump_domains`, `irq_dump` (HVM), `dump_timerq`, `dump_cx`, `dump_runq`.
+`dump_msi`, `dump_domains`, `gic_dump_info` (Arm), `irq_dump` (HVM), `dump_timerq`, `dump_cx`, `dump_runq`.
 """
 
 from __future__ import annotations
@@ -132,6 +132,28 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "vcpu_pause",
         r"\s*pause_count=(?P<pause_count>-?\d+) pause_flags=(?P<pause_flags>[0-9a-f]+)",
+        within="domain",
+        uses="dom vcpu",
+        tried=False,
+    ),
+    _rule(
+        "gich_mask",
+        r"GICH_LRs \(vcpu (?P<vcpu>\d+)\) mask=(?P<mask>[0-9a-f]+)",
+        within="domain",
+        uses="dom",
+        sets="vcpu",
+        tried=False,
+    ),
+    _rule(
+        "gich_lr",
+        r"\s*(?P<place>HW|VCPU)_LR\[(?P<lr>\d+)\]=(?P<value>[0-9a-f]+)",
+        within="domain",
+        uses="dom vcpu",
+        tried=False,
+    ),
+    _rule(
+        "vgic_irq",
+        r"(?P<list>Inflight|Pending) irq=(?P<irq>\d+)(?: lr=(?P<lr>\d+))?",
         within="domain",
         uses="dom vcpu",
         tried=False,

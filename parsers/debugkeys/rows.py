@@ -87,6 +87,7 @@ class Row:
     cpu: int | None = None
     line: int | None = None  # number of the line the row belongs to, when not the current one
     tsc: int | None = None
+    at: int = 0  # the last stamp seen when the row was made
 
 
 _CUT = NoteCode("dump-cut", "warn", "the recording ends in the middle of a line")
@@ -134,6 +135,10 @@ class TextReader:
         """Rows of one line; empty, or ValueError, when it is of no declared kind."""
         raise NotImplementedError
 
+    def last_stamp(self) -> int:
+        """The last raw stamp met, for the lines that have none."""
+        return 0
+
     def finish(self) -> list[Row]:
         """Rows that were still being put together when the recording ended."""
         return []
@@ -167,6 +172,7 @@ class TextReader:
                     notes.append(self._note(_LONG, f"line {self._line}", batch.offset + int(batch.starts[index])))
             for row in made:
                 row.line = row.line or self._line
+                row.at = self.last_stamp()
                 rows.setdefault(row.table, []).append(row)
         if last:
             for row in self.finish():
@@ -196,7 +202,7 @@ class TextReader:
         columns: dict[str, Any] = {
             "seq": seq,
             "t_ns": times,
-            "t_err_ns": [self.STAMP_ERROR if row.tsc is not None else 0 for row in rows],
+            "t_err_ns": [(self.STAMP_ERROR if row.tsc is not None else None) if hz else 0 for row in rows],
             "tsc": [row.tsc for row in rows],
             "cpu": [row.cpu if row.cpu is not None and row.cpu <= 0xFFFF else None for row in rows],
             "source": pa.DictionaryArray.from_arrays(pa.array([0] * len(rows), pa.int16()), pa.array([self._source])),

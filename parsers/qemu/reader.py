@@ -76,7 +76,8 @@ class QemuReader:
 
     One table per declared event, decoded register tables beside them (same `seq` as their line), `qemu_event` for
     undeclared events, `unparsed` for the rest. `seq` is the line order, which is authoritative; `tsc` is the stamp
-    in microseconds. `cpu` is the virtual machine's CPU that runs the writing thread, null for device threads.
+    in microseconds. `cpu` is the virtual machine's CPU that runs the writing thread: null for device
+    threads, and for lines megabytes before a thread first named its CPU.
     """
 
     format: ClassVar[str] = "qemu"
@@ -198,10 +199,11 @@ class QemuReader:
         seq = np.arange(batch.first_line - 1, batch.first_line - 1 + count, dtype=np.uint64)
         if self._us0 is None:
             t_ns: I64 = seq.astype(np.int64)
-            error = np.zeros(count, np.uint32)
+            error = pa.array(np.zeros(count, np.uint32))
         else:
             t_ns = self._times(batch, stamps, notes)
-            error = np.full(count, 999, np.uint32)
+            # A line without a stamp came somewhere after the one before it: no bound is known.
+            error = pa.array(np.full(count, 999, np.uint32), mask=stamps < 0)
         source = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int16)), pa.array([self._source]))
         return pa.table(
             {

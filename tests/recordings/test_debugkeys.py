@@ -144,6 +144,10 @@ UNTRIED = """\
 (XEN) [  272.000006]     VCPU0: CPU3 [has=T] poll=0 upcall_pend=01 upcall_mask=00 dirty_cpu=3
 [  100.0] a line of dom0 in between
 (XEN) [  272.000005]     pause_count=0 pause_flags=1
+(XEN) [  272.000006] GICH_LRs (vcpu 0) mask=3
+(XEN) [  272.000007]    VCPU_LR[0]=9a04f04f
+(XEN) [  272.000007] Inflight irq=79 lr=0
+(XEN) [  272.000007] Pending irq=27
 (XEN) [  272.000008] Notifying guest 1:0 (virq 1, port 7)
 (XEN) [  272.000009] 'I' pressed -> dumping HVM irq info
 (XEN) [  272.000010] Domain 1:
@@ -170,6 +174,9 @@ def test_grammar_of_keys_without_a_recording() -> None:
 
     assert values("vcpu", "dom", "vcpu", "cpu", "running", "upcall_pending", "upcall_mask") == [(1, 0, 3, "T", 1, 0)]
     assert values("vcpu_pause", "dom", "vcpu", "pause_flags") == [(1, 0, 1)]
+    assert values("gich_mask", "dom", "vcpu", "mask") == [(1, 0, 3)]
+    assert values("gich_lr", "dom", "vcpu", "place", "lr", "value") == [(1, 0, "VCPU", 0, 0x9A04F04F)]
+    assert values("vgic_irq", "vcpu", "list", "irq", "lr") == [(0, "Inflight", 79, 0), (0, "Pending", 27, None)]
     assert values("unit_affinity", "dom", "unit", "hard") == [(1, 0, "0-3")]
     assert values("virq_notified", "dom", "vcpu", "virq", "port") == [(1, 0, 1, 7)]
     assert values("hvm_irq", "dom", "pci_intx", "pci_intx_low", "isa", "route") == [(1, 0, 0x1000, 0x100, "5 10 11 5")]
@@ -180,12 +187,22 @@ def test_grammar_of_keys_without_a_recording() -> None:
         (1, 1, 5, True, None, None, 7, None),
         (1, 1, 6, None, True, 9, None, None),
     ]
-    assert read.tables["other"]["seq"].to_list() == [6, 22]  # dom0's line; a vCPU number that does not fit
+    assert read.tables["other"]["seq"].to_list() == [6, 26]  # dom0's line; a vCPU number that does not fit
     # Stamps of the console: microseconds since boot, held when neighbours are swapped.
     assert read.reader.clock.kind == "us"
     assert values("vcpu_pause", "tsc", "t_ns") == [(272000006, 5000)]
+    assert values("other", "tsc", "t_ns", "t_err_ns")[0] == (None, 5000, None)  # after the line before it
     untried = {rule.table for rule in RULES if not rule.tried}
     assert untried >= {"vcpu", "hvm_irq", "hvm_gsi", "hvm_callback"}
+
+
+def test_a_dump_pasted_without_prefix() -> None:
+    text = UNTRIED.replace("[  100.0] a line of dom0 in between\n", "")
+    bare = "".join(line[21:] + "\n" for line in text.splitlines())
+    assert XenConsoleReader.sniff(bare.encode())
+    with_prefix, without = Read(XenConsoleReader, text.encode()), Read(XenConsoleReader, bare.encode())
+    assert without.reader.counts == with_prefix.reader.counts
+    assert without.tables["evtchn"]["port"].to_list() == [5, 5, 6]
 
 
 @pytest.mark.parametrize(("name", "cpus"), [("proc-interrupts-dom0.txt", 2), ("proc-interrupts-hpet.txt", 4)])

@@ -290,6 +290,7 @@ def test_what_does_not_fit_is_kept() -> None:
     )
     log = read_text(text)
     assert log.tables["unparsed"]["text"].to_list() == [log.lines[i] for i in (1, 2, 3, 5)]
+    assert log.tables["unparsed"]["t_err_ns"].to_list() == [None] * 4
     assert log.tables["qemu_event"]["args"].to_list() == ["vdev 0x1 vq 0x2"]
     assert log.reader.counts == {"ioapic_set_irq": 1, "virtio_notify": 1}
     skipped = sum(len(log.lines[i]) + 1 for i in (1, 2, 3, 5)) - 1
