@@ -71,7 +71,9 @@ class IdBits:
 
     @property
     def type(self) -> pa.DataType:
-        return pa.bool_() if self.bits == 1 else pa.uint8()
+        if self.bits == 1:
+            return pa.bool_()
+        return pa.uint8() if self.bits <= 8 else pa.uint16()
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,9 @@ def _cut(
 
     # Window headers stand before the first record of their window, in time as well.
     fresh = np.array([piece.start == 0 for piece in pieces], np.bool_) & (last - first > 1)
-    limits = list(heads)
+    limits = dict.fromkeys((cpu for _, cpu in heads), 0)
+    for floor, cpu_number in heads:
+        limits[cpu_number] = floor
     for stream, a, b in groups:
         r0, r1 = int(first[a]), int(last[b - 1])
         if r1 == r0:
@@ -263,9 +265,12 @@ def _cut(
             stamps = np.flatnonzero(stamped[r0:r1])
             if len(stamps) and int(stamps[-1]) + 1 < r1 - r0:
                 r1 = r0 + int(stamps[-1]) + 1  # what follows waits for its next stamp
-            limits.append((int(key[r1 - 1]), stream.cpu))
+            limits[stream.cpu] = int(key[r1 - 1])
+        elif stream.cpu in limits and r1 > r0:
+            # What follows on this CPU sorts after this piece, whatever is known of the next window.
+            limits[stream.cpu] = max(limits[stream.cpu], int(key[r1 - 1]))
         ready.append(r1)
-    limit = min(limits) if limits else None
+    limit = min(((floor, number) for number, floor in limits.items()), default=None)
 
     chosen: list[NDArray[np.int64]] = []
     overruns: list[Overrun] = []

@@ -78,6 +78,8 @@ class XentraceReader:
         self.version: Version = options.xen_version or self.version_range[1]
         self._clock_notes: list[Note] = []
         self._last: dict[int, int] = {}  # last key of each CPU so far
+        # End of what is there of a truncated window: bytes of the record that was cut.
+        self._cut_off = {item.offset: 0 for item in self._windows.damage if item.reason == "truncated"}
         self.clock = self._make_clock(sample)
 
     def _note(self, code: str, text: str, offset: int = 0, cpu: int | None = None, count: int = 1) -> Note:
@@ -115,28 +117,41 @@ class XentraceReader:
             self._last.update(zip(batch.cpu[ends].tolist(), batch.key[ends].tolist(), strict=True))
             for overrun in batch.overruns:
                 self.accounting.skipped += overrun.length
+                if overrun.offset + overrun.length in self._cut_off:
+                    self._cut_off[overrun.offset + overrun.length] = overrun.length
+                    continue  # told once, with the truncation
                 text = f"CPU {overrun.cpu}: a record reaches beyond its window; {overrun.length} bytes skipped"
                 t0 = self._last.get(overrun.cpu)
-                gaps.append(
-                    Gap("overrun", overrun.cpu, t0, None, overrun.offset, overrun.length, text=text)
-                )
+                gaps.append(Gap("overrun", overrun.cpu, t0, None, overrun.offset, overrun.length, text=text))
                 notes.append(self._note("xentrace-overrun", text, overrun.offset, overrun.cpu))
             _step_back(batch, back)
             position += batch.done
             yield Chunk(tables, gaps, notes, min(position, self.accounting.total))
             gaps, notes = [], []
-        notes = self._summary(decoder, back)
-        yield Chunk({}, [], notes, self.accounting.total)
+        yield Chunk({}, self._truncation(), self._summary(decoder, back), self.accounting.total)
 
     def _damage(self) -> tuple[list[Gap], list[Note]]:
         gaps, notes = [], []
         for item in self._windows.damage:
-            gaps.append(Gap(item.reason, item.cpu, None, None, item.offset, item.length, text=item.text))
+            if item.reason != "truncated":
+                gaps.append(Gap(item.reason, item.cpu, None, None, item.offset, item.length, text=item.text))
             notes.append(self._note(f"xentrace-{item.reason}", item.text, item.offset, item.cpu))
         for cpu in sorted(set(self._windows.cpu.tolist()) - set(self._windows.first_stamp)):
             text = f"CPU {cpu} has no stamped record"
             notes.append(self._note("xentrace-unstamped", text, cpu=cpu))
         return gaps, notes
+
+    def _truncation(self) -> list[Gap]:
+        """Gaps at the end of the file; they begin at the CPU's last key."""
+        gaps = []
+        for item in self._windows.damage:
+            if item.reason == "truncated":
+                before = self._cut_off[item.offset]  # bytes of a record that was cut
+                t0 = None if item.cpu is None else self._last.get(item.cpu)
+                gaps.append(
+                    Gap("truncated", item.cpu, t0, None, item.offset - before, item.length + before, text=item.text)
+                )
+        return gaps
 
     def _lost(self, tables: dict[str, pa.Table], notes: list[Note]) -> list[Gap]:
         table = tables.get("TRC_LOST_RECORDS")
