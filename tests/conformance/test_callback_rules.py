@@ -164,6 +164,27 @@ def test_nothing_is_said_of_a_flag_that_is_unknown() -> None:
     assert said(replay(routed(*events), observed=kinds | {"via.line", "via.rte_write"})) == []
 
 
+def test_flag_known_but_other_devices_unknown_is_info() -> None:
+    kinds = frozenset(SYSTEM.kinds) - {"via.gsi_assert"}
+    run = replay(routed(*stale(10 * US, 4)), observed=kinds)
+    assert {(f.code.name, f.severity, f.conf) for f in run.findings} == {
+        ("via-spurious-inject", "info", 50),
+        ("via-inject-storm", "info", 50),
+    }
+    run = replay(routed(*stale(10 * US, 4)), observed=kinds, config={"gsi_shared": 0})
+    assert {f.severity for f in run.findings} == {"warn", "error"}
+
+
+def test_a_domain_created_in_the_recording_is_known() -> None:
+    created = {"t": 0, "kind": "lapic.reset", "dom": 1}
+    events = routed(*stale(10 * US, 1))
+    assert said(replay(events, from_boot=False)) == [("via-spurious-inject", "info", 14 * US + 200)]
+    assert [s[:2] for s in said(replay([created, *events], from_boot=False))] == [
+        ("via-stale-assert", "warn"),
+        ("via-spurious-inject", "warn"),
+    ]
+
+
 def test_an_unknown_start_is_known_again_from_the_first_set() -> None:
     shared0 = {"gsi_shared": 0, "vector": VECTOR}
     whole = [*stale(10 * US, 2), ev(100 * US, "via.line", obj=GSI, val=0), *stale(200 * US, 2)]
@@ -176,6 +197,32 @@ def test_an_unknown_start_is_known_again_from_the_first_set() -> None:
 def test_lost_records_make_the_flag_unknown() -> None:
     lost = {"t": 13 * US, "kind": "trace.lost", "cpu": 0, "val": 12 * US}
     assert said(replay([*routed(*stale(10 * US, 4)), lost])) == []
+    run = replay([*routed(*stale(10 * US, 4)), lost], config={"gsi_shared": 0, "vector": VECTOR})
+    first = next(f.t for f in run.findings if f.code.name == "via-spurious-inject")
+    assert first > 16 * US + 200  # after the next clear
+
+
+def test_a_gap_ends_what_was_seen_of_an_episode() -> None:
+    """The line may have fallen inside the gap: only what lasted until it began counts."""
+    lost = {"t": 5 * MS, "kind": "trace.lost", "cpu": 0, "val": 100 * US}
+    run = replay([*routed(*stale(10 * US, 1)), lost], end=9 * MS)
+    assert said(run)[0] == ("via-stale-assert", "warn", 14 * US)
+    assert "for 88000 ns" in run.findings[0].observed
+    flight = [
+        ev(US, "via.upcall_set", vcpu=0),
+        ev(US, "via.line", obj=GSI, val=1),
+        ev(2 * US, "lapic.reset", vcpu=1),
+    ]
+    lost = {"t": 500 * US, "kind": "trace.lost", "cpu": 0, "val": 400 * US}
+    assert said(replay([*routed(*flight), lost], end=5 * MS)) == []
+
+
+def test_a_new_event_restarts_the_count_of_the_storm() -> None:
+    run = replay(routed(*stale(10 * US, 2), *stale(50 * US, 2)))
+    assert [f.val for f in run.findings if f.code.name == "via-spurious-inject"] == [1, 2, 1, 2]
+    assert "via-inject-storm" not in [f.code.name for f in run.findings]
+    run = replay(routed(*stale(10 * US, 3), *stale(50 * US, 3)))
+    assert [f.code.name for f in run.findings].count("via-inject-storm") == 2
 
 
 # -- what stock tracing can prove ------------------------------------------------------------------------------
@@ -552,6 +599,31 @@ def test_lowest_priority_takes_turns() -> None:
     events += [ev(n * 100 * US, "via.upcall_set", vcpu=0) for n in range(1, 5)]
     run = replay(events, policy="proposed", closed=True, end=MS)
     assert run.metrics["injections"] == 4 and said(run) == []
+    # Under applied each EOI delivers once more, to the next in turn, beginning after 0.
+    run = replay(events[:4], policy="applied", closed=True, end=MS)
+    assert [f.vcpu for f in run.findings if f.code.name == "via-spurious-inject"] == [2, 2, 2]
+    run = replay(events[:3], policy="current", closed=True, end=120 * US)
+    assert [f.vcpu for f in run.findings if f.code.name == "via-spurious-inject"][:4] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "entries"), [("current", 3), ("proposed", 3), ("always-check", 3), ("applied", 2)]
+)
+def test_vm_entries_are_those_of_kicks_and_of_eoi_exits(policy: str, entries: int) -> None:
+    """Until 6 us: kick of vcpu0 at 0.5 (not applied), of vcpu1, the entry after the EOI; V3 from V5 kicks nobody."""
+    run = replay([ev(0, "via.upcall_set", vcpu=0)], policy=policy, closed=True, end=6 * US)
+    assert run.metrics["vm_entries"] == entries
+
+
+def test_a_vcpu_that_does_not_run_is_neither_kicked_nor_entered() -> None:
+    stopped = [ev(0, "sched.stop", vcpu=1), ev(0, "via.upcall_set", vcpu=0), ev(900, "sched.run", vcpu=1)]
+    run = replay(stopped, policy="proposed", closed=True, end=4 * US)
+    # vcpu0 at 0.5 asserts; its kick of vcpu1 is dropped; vcpu1 enters when it runs.
+    assert run.metrics["vm_entries"] == 2 and run.metrics["max_callback_latency_ns"] == 900
+    preempted = [ev(0, "via.upcall_set", vcpu=0), ev(700, "sched.stop", vcpu=1), ev(3 * US, "sched.run", vcpu=1)]
+    run = replay(preempted, policy="proposed", closed=True, end=4 * US)
+    # The kick was sent at 0.5 while vcpu1 ran, and finds it stopped at 1.0.
+    assert run.metrics["vm_entries"] == 2 and run.metrics["max_callback_latency_ns"] == 3 * US
 
 
 def test_without_a_route_nothing_is_asserted() -> None:

@@ -26,6 +26,8 @@ _LINE: Final = "via.line"
 _INJECT: Final = "via.inject"
 _EOI: Final = "via.eoi"
 _RTE: Final = "via.rte_write"
+#: A binding that was told that nobody else is on the GSI states this kind as observed.
+_OTHERS: Final = "via.gsi_assert"
 
 STALE_ASSERT: Final = Code(
     "via-stale-assert",
@@ -36,7 +38,7 @@ STALE_ASSERT: Final = Code(
     "GSI; error when the line stays so for longer than stale_error_ns. Once for each episode.",
     "The flag is sampled on VM entries of vcpu0 only, so a handler on another vcpu cannot make the line fall.",
     "Another source holds the GSI, or the clearing of the flag is not recorded.",
-    needs=(_SET, _CLEAR, _INJECT, _EOI),
+    needs=(_SET, _CLEAR, _INJECT, _EOI, _OTHERS),
     thresholds=("stale_error_ns",),
 )
 SPURIOUS_INJECT: Final = Code(
@@ -46,8 +48,10 @@ SPURIOUS_INJECT: Final = Code(
     "Xen hvm_vcpu_has_pending_irq, hvm_set_callback_irq_level",
     "The callback's vector is injected although vcpu0's evtchn_upcall_pending is clear and nobody else holds the GSI.",
     "The vector entered IRR before the line fell; a deassert does not take it back.",
-    "Another source holds the GSI; info when the flag was set again before the guest's handler read it.",
-    needs=(f"{_SET}|{_CLEAR}|evtchn.handled", _INJECT),
+    "Another source holds the GSI (info when that is unknown: gsi_shared=0 excludes it); info when the flag was set "
+    "again before the guest's handler read it.",
+    needs=(f"{_SET}|evtchn.handled", f"{_CLEAR}|via.isr_end", _INJECT, _OTHERS),
+    thresholds=("gsi_shared", "clock_slack_ns"),
 )
 INJECT_STORM: Final = Code(
     "via-inject-storm",

@@ -235,6 +235,10 @@ class CallbackMachine(Machine):
             elif kind == IDLE:
                 d.vcpu(v).lapic.settle()
             elif kind == RESET:
+                if v == NONE:  # the domain was created here: its state is known from now on
+                    d = Domain(dom, self, created=True)
+                    self.domains[dom] = d
+                    continue
                 d.vcpu(v).lapic.reset()
                 d.vcpu(v).forget_injection()
             self.watchdog.watch(d, t)
@@ -339,7 +343,11 @@ class CallbackMachine(Machine):
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         """U2: any vCPU may have run on the cpu that lost records, so every domain is unknown."""
         for d in self.domains.values():
+            # What lasted until the gap is proven; what lies beyond it is not (U5).
+            self.monitor.end_stale(d, max(t0, d.stale_t))
             d.forget()
+            self.watchdog.watch(d, t1)
+            self.clock_stale(d)
 
     # -- the end and the numbers ---------------------------------------------------------------------------------
 

@@ -190,8 +190,10 @@ class CallbackMonitor:
         if u.work:
             self.worked(d, u)
             return
+        if not self.sees_work:
+            return
         d.no_work += 1
-        if self.sees_work and u.after_eoi and u.flag_at_injection == UNKNOWN and d.sets == u.sets_at_injection:
+        if u.after_eoi and u.flag_at_injection == UNKNOWN and d.sets == u.sets_at_injection:
             self._judge(d, u, min(CONF_IDLE_HANDLER, u.injected_conf))
             u.forget_injection()
 
@@ -205,6 +207,8 @@ class CallbackMonitor:
                     )
                 else:
                     self.spurious(d, u.number, u.injected_t, "", u.injected_conf, u.injected_seq)
+            elif d.sets == u.sets_at_injection and found != 1:
+                self._judge(d, u, u.injected_conf)
         elif (
             found == 0
             and u.flag_at_injection == UNKNOWN
@@ -266,7 +270,6 @@ class CallbackMonitor:
         """A recorded EOI of the callback's vector: what was known then decides what a later injection proves."""
         d.callback_eois += 1
         d.callback_eoi_t = t
-        d.callback_eoi_flag = d.flag
         d.callback_eoi_asserted = d.via_asserted
         d.callback_eoi_others = d.others(d.via_gsi)
         d.callback_eoi_seq = seq
@@ -277,9 +280,9 @@ class CallbackMonitor:
     def _redelivered_unseen(self, d: Domain, t: int) -> None:
         """An injection with the flag clear since before the last EOI can only come from V5 at that EOI."""
         eoi_t = d.callback_eoi_t
-        if eoi_t == NIL or d.callback_eoi_flag != 0 or d.callback_eoi_others != 0 or d.callback_eoi_asserted == 0:
+        if eoi_t == NIL or d.callback_eoi_others != 0 or d.callback_eoi_asserted == 0:
             return
-        if d.clear_t == NIL or d.clear_t > eoi_t:
+        if d.clear_t == NIL or d.clear_t > eoi_t:  # the flag was not clear yet at that EOI
             return
         self._stale(d, d.callback_eoi_vcpu, eoi_t, d.callback_eoi_seq)
 

@@ -51,11 +51,11 @@ def flag_text(value: int) -> str:
 class Domain:
     """The callback of one domain. `flag` is evtchn_upcall_pending of vcpu0, the only one that matters."""
 
-    def __init__(self, number: int, machine: CallbackMachine) -> None:
+    def __init__(self, number: int, machine: CallbackMachine, *, created: bool = False) -> None:
         self.id = number
         self.machine = machine
         closed = machine.closed
-        known = closed or machine.from_boot
+        known = closed or machine.from_boot or created
         self.known = known
         self.flag = 0 if closed or (known and machine.sees("via.upcall_set")) else UNKNOWN
         self.set_t = NIL
@@ -84,7 +84,6 @@ class Domain:
         self.stale_asserted = UNKNOWN
         self.storm_start = NIL
         self.callback_eoi_t = NIL
-        self.callback_eoi_flag = UNKNOWN
         self.callback_eoi_asserted = UNKNOWN
         self.callback_eoi_others = UNKNOWN
         self.callback_eoi_seq = NONE
@@ -363,6 +362,9 @@ class Domain:
         self.known = False
         self.flag = UNKNOWN
         self.set_t = NIL
+        self.clear_t = NIL
+        self.callback_eoi_t = NIL
+        self.line_t = NIL
         self.via_asserted = UNKNOWN
         self.held.clear()
         self.strangers = self.unnamed_holders()
