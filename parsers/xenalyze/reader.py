@@ -161,11 +161,12 @@ class XenalyzeReader:
         def add(table: str, rows: I64, columns: dict[str, Any]) -> None:
             made = fill(self.tables[table], common, rows, columns)
             if table in TABLES and table != UNKNOWN.name and _STAMPED[table] == "no":
-                index = made.schema.get_field_index("tsc")
-                made = made.set_column(index, made.schema.field(index), pa.nulls(len(rows), pa.uint64()))
+                for name in ("t_err_ns", "tsc"):
+                    index = made.schema.get_field_index(name)
+                    field = made.schema.field(index)
+                    made = made.set_column(index, field, pa.nulls(len(rows), field.type))
             parts.setdefault(table, []).append(made)
-            name = table if table != UNKNOWN.name else "unknown"
-            self.counts[name] = self.counts.get(name, 0) + len(rows)
+            self.counts[table] = self.counts.get(table, 0) + len(rows)
             done[rows] = True
 
         records = lines.filter(pl.col("cpu").is_not_null()).select("row", "mark", "text")

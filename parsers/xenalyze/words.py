@@ -80,6 +80,7 @@ def common_columns(
     source: str,
 ) -> pa.Table:
     """The columns every record table starts with, for all lines of a batch; -1 in `tsc` and `cpu` is null.
+    Without a stamp of its own a record came some time after the one before it: no error bound is given.
 
     `line` counts from 0; it is the record's `seq`.
     """
@@ -87,7 +88,7 @@ def common_columns(
         {
             "seq": line.astype(np.uint64),
             "t_ns": t,
-            "t_err_ns": np.full(len(line), error, np.uint32),
+            "t_err_ns": pa.array(np.full(len(line), error, np.uint32), mask=tsc < 0),
             "tsc": pa.array(np.maximum(tsc, 0).astype(np.uint64), mask=tsc < 0),
             "cpu": pa.array(np.maximum(cpu, 0).astype(np.uint16), mask=(cpu < 0) | (cpu > 0xFFFF)),
             "source": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(line), np.int16)), pa.array([source])),
