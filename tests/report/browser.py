@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -32,9 +33,12 @@ class Browser:
         if not shutil.which(BINARY):
             pytest.skip("needs Chromium")
         self.profile = tempfile.mkdtemp(prefix="chromium-")
-        to_child, self.out = os.pipe()
-        self.inp, from_child = os.pipe()
-        # The shell gives the pipes the numbers that Chromium expects; exec keeps it one process.
+        low_in, self.out = os.pipe()
+        self.inp, low_out = os.pipe()
+        # The shell gives the pipes the numbers that Chromium expects; out of the way of 3 and 4 until then.
+        to_child, from_child = fcntl.fcntl(low_in, fcntl.F_DUPFD, 60), fcntl.fcntl(low_out, fcntl.F_DUPFD, 60)
+        os.close(low_in)
+        os.close(low_out)
         script = f'exec "$@" 3<&{to_child} 4>&{from_child} {to_child}<&- {from_child}>&-'
         self.process = subprocess.Popen(
             ["bash", "-c", script, "chromium", BINARY, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"],
@@ -189,12 +193,13 @@ class Page:
 
 OVERFLOW = """(() => {
   const width = document.documentElement.clientWidth, out = [];
-  if (document.documentElement.scrollWidth > width) out.push('document ' + document.documentElement.scrollWidth + ' > ' + width);
+  if (document.documentElement.scrollWidth > width) out.push('document');
   const scrolls = e => { for (; e && e !== document.body; e = e.parentElement) {
     const o = getComputedStyle(e).overflowX; if (o !== 'visible') return true; } return false; };
   for (const e of document.body.querySelectorAll('*')) {
     const r = e.getBoundingClientRect();
-    if (r.width && r.right > width + 1 && !scrolls(e)) out.push(e.tagName + '.' + e.className + ' ' + Math.round(r.right));
+    if (r.width && r.right > width + 1 && !scrolls(e))
+      out.push(e.tagName + '.' + e.className + ' ' + Math.round(r.right));
   }
   return out.slice(0, 10);
 })()"""

@@ -22,7 +22,7 @@ __all__ = ["busy", "dataset", "handover", "hostile", "verify"]
 #: Strings that a guest or a file name may carry.
 HOSTILE = (
     "<script>window.pwned=1</script>",
-    "\"><img src=x onerror=\"window.pwned=1\">",
+    '"><img src=x onerror="window.pwned=1">',
     "'; window.pwned=1; //",
     "</script><script>window.pwned=1</script>",
     "{{ 7*7 }} {% raw %}",
@@ -69,7 +69,9 @@ def verify(data: Dataset, system: str = "hpet", policy: str = "current", **value
     rows = {r["seq"]: (r["origin"]["file"], r["origin"]["offset"]) for r in _origins(data)}
     batches = list(data.event_batches([k.name for k in KINDS], SCHEMA.names))
     run = run_machine(chosen, policy, batches, config=config, closed=False, observed=frozenset(kinds))
-    return run_record(run, chosen, config, coverage(chosen, seen), locate=lambda s: {i: rows[i] for i in s if i in rows})
+    return run_record(
+        run, chosen, config, coverage(chosen, seen), locate=lambda s: {i: rows[i] for i in s if i in rows}
+    )
 
 
 def _origins(data: Dataset) -> list[dict[str, Any]]:
@@ -137,7 +139,9 @@ def handover(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
     return data, runs
 
 
-def busy(path: Path, *, cpus: int = 8, cycles: int = 4000, findings: int = 3000) -> tuple[Dataset, list[dict[str, Any]]]:
+def busy(
+    path: Path, *, cpus: int = 8, cycles: int = 4000, findings: int = 3000
+) -> tuple[Dataset, list[dict[str, Any]]]:
     """A long recording: many idle periods and HPET interrupts, gaps, and findings scattered over it."""
     events: list[dict[str, Any]] = []
     for i in range(cycles):
@@ -167,7 +171,9 @@ def busy(path: Path, *, cpus: int = 8, cycles: int = 4000, findings: int = 3000)
 
 
 def _scattered(i: int, end: int, cpus: int) -> dict[str, Any]:
-    code, severity = (("hpet-late-wakeup", "warn"), ("hpet-missed-wakeup", "error"), ("hpet-early-wakeup", "info"))[i % 3]
+    code, severity = (("hpet-late-wakeup", "warn"), ("hpet-missed-wakeup", "error"), ("hpet-early-wakeup", "info"))[
+        i % 3
+    ]
     return {
         "code": code, "severity": severity, "t_ns": (i * 7_368_787) % end, "t_first_ns": None, "cpu": i % cpus,
         "dom": None, "vcpu": None, "obj": None, "tgt": None, "val": 1000 * i, "expected": "awake at its deadline",
@@ -192,7 +198,7 @@ def hostile(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
     notes = [Note(b, "warn", b) for b in safe]
     events = [{"t": 100_000 * i, "kind": "idle.enter", "cpu": i % 2, "val": 0,
                "origin": {"file": b, "offset": i, "raw_kind": b}} for i, b in enumerate(safe)]  # fmt: skip
-    data = dataset(path, events, manifest={**manifest, "inputs": _printable(manifest["inputs"])}, gaps=gaps, notes=notes)
+    data = dataset(path, events, manifest=manifest, gaps=gaps, notes=notes)
     run = runs[0]
     run["findings"] = [
         {**_scattered(i, 900_000, 2), "expected": b, "observed": b, "source": b, "caused_by": b, "tags": [b],
@@ -201,7 +207,3 @@ def hostile(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
     ]  # fmt: skip
     run["coverage"] = [{**c, "reason": bad[i % len(bad)]} for i, c in enumerate(run["coverage"])]
     return data, [run]
-
-
-def _printable(inputs: Any) -> Any:
-    return inputs

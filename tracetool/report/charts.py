@@ -27,7 +27,12 @@ _SYMBOL: Final[Mapping[str, str]] = {
 }  # fmt: skip
 _LOUD: Final = {"hpet.fire": "--fire", "hpet.retarget": "--retarget", "wake.post": "--wake"}
 #: Periods that a timeline draws, back to front: role, colour, height of the bar.
-_ROLES: Final = (("idle", "--idle", 0.62), ("run", "--run", 0.62), ("service", "--service", 0.44), ("handler", "--handler", 0.28))
+_ROLES: Final = (
+    ("idle", "--idle", 0.62),
+    ("run", "--run", 0.62),
+    ("service", "--service", 0.44),
+    ("handler", "--handler", 0.28),
+)
 
 
 @dataclass(slots=True)
@@ -55,7 +60,9 @@ def _text(text: object) -> str:
     return html.escape(clean(text, 300), quote=False)
 
 
-def _bars(name: str, colour: str, width: float, bars: Sequence[tuple[str, float, float, str]], **more: Any) -> dict[str, Any]:
+def _bars(
+    name: str, colour: str, width: float, bars: Sequence[tuple[str, float, float, str]], **more: Any
+) -> dict[str, Any]:
     """Horizontal bars from (lane, start, length, text)."""
     marker: dict[str, Any] = {"color": colour, "line": {"color": colour, "width": more.pop("line", 0.6)}}
     if "pattern" in more:
@@ -82,8 +89,9 @@ def _layout(lanes: Sequence[str], title: str, low: float, high: float, height: i
             "type": "category", "categoryorder": "array", "categoryarray": [_text(lane) for lane in reversed(lanes)],
             "range": [-0.6, len(lanes) - 0.4], "automargin": True, "fixedrange": True, "showgrid": False,
         },
-        "showlegend": True, "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
-        "hovermode": "closest", "dragmode": "pan", "bargap": 0,
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
+        "hovermode": "closest", "dragmode": "zoom", "bargap": 0,
     }  # fmt: skip
 
 
@@ -122,7 +130,8 @@ def _gaps(
             continue
         low, high = max(low, t0), min(high, t1)
         lost = f", {number(gap['lost'])} records lost" if gap.get("lost") else ""
-        text = f"{gap.get('reason')}{lost}: {times.at(start)} to {times.at(end)}"
+        who = "all CPUs" if gap.get("cpu") is None else f"CPU {gap['cpu']}"
+        text = f"{gap.get('reason')} on {who}{lost}: {times.at(start)} to {times.at(end)}"
         bars += [(lane, (low - origin) / scale, (high - low) / scale, text) for lane in gap_lanes(gap, lanes)]
     return bars
 
@@ -139,7 +148,8 @@ def _marks(
         old = merged.get(key)
         merged[key] = (old[0], t, old[2] + 1, old[3], old[4]) if old else (t, t, 1, finding["code"], tag)
     traces = []
-    symbols = {"error": "x", "warn": "triangle-up", "info": "circle"}
+    # Open shapes: the events underneath stay visible.
+    symbols = {"error": "circle-open", "warn": "square-open", "info": "hexagon-open"}
     for severity in SEVERITIES:
         mine = [(lane, v) for (s, lane, _), v in merged.items() if s == severity]
         if not mine:
@@ -150,12 +160,13 @@ def _marks(
             hover.append(_text(f"{severity}: {code} {tag} at {many}"))
         traces.append(
             {
-                "type": "scatter", "mode": "markers", "name": {"warn": "warning", "info": "remark"}.get(severity, severity),
+                "type": "scatter", "mode": "markers",
+                "name": {"warn": "warning", "info": "remark"}.get(severity, severity),
                 "x": [(v[0] - origin) / scale for _, v in mine], "y": [_text(lane) for lane, _ in mine],
                 "hovertext": hover, "hoverinfo": "text",
                 "marker": {
-                    "symbol": symbols[severity], "color": f"--{severity}", "size": 11 if severity == "error" else 9,
-                    "line": {"width": 1, "color": "--paper"},
+                    "symbol": symbols[severity], "color": f"--{severity}", "size": 15 if severity == "error" else 12,
+                    "line": {"width": 2, "color": f"--{severity}"},
                 },
             }
         )  # fmt: skip
@@ -175,7 +186,7 @@ def story_chart(
     unit, scale = times.axis(view.t1 - view.t0)
     own = finding_lanes(first, story.run["system"])
     evidence = {s.seq for s in story.steps if s.seq is not None}
-    lanes = _choose(view, own, evidence, lanes_cap)
+    lanes = _choose(view, [*own, *_gap_cpus(gaps, view)], evidence, lanes_cap)
     keep = set(lanes)
     traces: list[dict[str, Any]] = []
     rows: list[tuple[int, tuple[str, ...]]] = []
@@ -187,7 +198,14 @@ def story_chart(
             low = view.t0 if p.t0 is None else max(p.t0, view.t0)
             high = view.t1 if p.t1 is None else min(p.t1, view.t1)
             length = "end unknown" if p.t1 is None else "" if p.t0 is None else times.span(p.t1 - p.t0)
-            bars.append((p.lane, _rnd((low - t) / scale), _rnd(max(high - low, 0) / scale), f"{p.text} ({length})" if length else p.text))
+            bars.append(
+                (
+                    p.lane,
+                    _rnd((low - t) / scale),
+                    _rnd(max(high - low, 0) / scale),
+                    f"{p.text} ({length})" if length else p.text,
+                )
+            )
             began = times.relative(low - t) if p.t0 is not None and p.t0 >= view.t0 else "before"
             rows.append((low, (began, p.lane, p.text, length)))
         if bars:
@@ -206,7 +224,9 @@ def story_chart(
     marks = [(lane, f, where(f, story.run["system"])) for f in inside for lane in finding_lanes(f, story.run["system"])]
     traces += _marks(marks, t, scale, view.t1 - view.t0, times)
     height = 118 + 30 * max(len(lanes), 2)
-    layout = _layout(lanes, f"{unit} from the finding at {times.at(t)}", (view.t0 - t) / scale, (view.t1 - t) / scale, height)
+    layout = _layout(
+        lanes, f"{unit} from the finding at {times.at(t)}", (view.t0 - t) / scale, (view.t1 - t) / scale, height
+    )
     layout["shapes"] = [
         {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper",
          "line": {"color": f"--{story.severity}", "width": 1.2, "dash": "dot"}}
@@ -238,6 +258,20 @@ def _nearest(rows: list[tuple[int, tuple[str, ...]]], t: int) -> list[tuple[int,
     return rows[low : low + cap]
 
 
+def _gap_cpus(gaps: Sequence[Mapping[str, Any]], view: Window) -> list[str]:
+    """CPUs that are in a gap during the window: an empty lane must not look like a quiet CPU."""
+    return sorted(
+        {
+            f"CPU {g['cpu']}"
+            for g in gaps
+            if g.get("cpu") is not None
+            and (g.get("t0_ns") is not None or g.get("t1_ns") is not None)
+            and (g["t0_ns"] is None or g["t0_ns"] <= view.t1)
+            and (g["t1_ns"] is None or g["t1_ns"] >= view.t0)
+        }
+    )[:8]
+
+
 def _choose(view: Window, own: Sequence[str], evidence: set[int], cap: int) -> list[str]:
     """Lanes to draw: those of the finding, then those of its evidence, then the others in order."""
     first = dict.fromkeys(own)
@@ -262,7 +296,9 @@ def _moments(view: Window, keep: set[str], t: int, scale: int, times: Times) -> 
     return traces
 
 
-def _points(name: str, symbol: str, colour: str, mine: Sequence[Any], t: int, scale: int, times: Times) -> dict[str, Any]:
+def _points(
+    name: str, symbol: str, colour: str, mine: Sequence[Any], t: int, scale: int, times: Times
+) -> dict[str, Any]:
     return {
         "type": "scatter", "mode": "markers", "name": name,
         "x": [_rnd((m.t - t) / scale) for m in mine], "y": [_text(m.lane) for m in mine],
@@ -272,17 +308,13 @@ def _points(name: str, symbol: str, colour: str, mine: Sequence[Any], t: int, sc
     }  # fmt: skip
 
 
-def overview_chart(
-    view: Overview, stories: Sequence[Story], gaps: Sequence[Mapping[str, Any]], times: Times
-) -> Chart:
+def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapping[str, Any]], times: Times) -> Chart:
     """The whole recording: periods as shares of time for each column, every finding, every gap."""
     extent = view.t1 - view.t0
     unit, scale = times.axis(extent)
     findings = [(s, f) for s in stories for f in s.findings]
     marks = [
-        (lane, f, where(f, s.run["system"]))
-        for s, f in findings
-        for lane in finding_lanes(f, s.run["system"])[:1]
+        (lane, f, where(f, s.run["system"])) for s, f in findings for lane in finding_lanes(f, s.run["system"])[:1]
     ]
     extra = sorted({lane for lane, _, _ in marks} - set(view.lanes), key=lane_key)
     more = max(0, len(extra) - 20)
@@ -315,14 +347,12 @@ def overview_chart(
         )  # fmt: skip
         legend.add(track.span)
     bars = _merge_bars(_gaps(gaps, lanes, view.t0, view.t1, view.t0, scale, times), extent / scale / 2000)
-    numeric = [(lane, *rest) for lane, *rest in bars]
-    if numeric:
-        trace = _gap_bars([(lane, a, b, c) for lane, a, b, c in numeric])
-        trace["y"] = [order[lane] for lane, *_ in numeric]
+    if bars:
+        trace = _gap_bars(bars)
+        trace["y"] = [order[bar[0]] for bar in bars]
         traces.append(trace)
+    names = {_text(lane): i for lane, i in order.items()}
     for trace in _marks(marks, view.t0, scale, extent, times):
-        trace["y"] = [order[lane] for lane in trace.pop("lanes")] if "lanes" in trace else trace["y"]
-        names = {_text(lane): i for lane, i in order.items()}
         trace["y"] = [names[lane] for lane in trace["y"]]
         traces.append(trace)
     height = 118 + 26 * max(len(lanes), 2)
@@ -366,7 +396,7 @@ def _overview_rows(
     found: dict[str, int] = {}
     for lane, _, _ in marks:
         found[lane] = found.get(lane, 0) + 1
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for lane in lanes:
         mine = [t for t in view.tracks if t.lane == lane]
         count = number(found.get(lane, 0))

@@ -10,11 +10,12 @@ from importlib.resources import files
 from typing import Any, Final
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tracetool import __version__
 from tracetool.report import model, words
 from tracetool.report.charts import Chart, finding_lanes, overview_chart, story_chart
+from tracetool.report.compare import comparison
 from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
 from tracetool.report.timeline import Window, meanings, window
@@ -54,11 +55,12 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
     script = _source("report.js")
     library = plotlyjs()
     context = {
-        "manifest": manifest,
+        "inputs": manifest.get("inputs") or [],
         "title": ", ".join(str(i.get("name", "")) for i in manifest.get("inputs") or ()) or dataset.path.name,
         "verdict": model.overall(runs),
         "headline": model.headline(runs, times),
         "summaries": [model.run_summary(r) for r in runs],
+        "titles": {r["system"]: r.get("title", "") for r in runs},
         "facts": _facts(manifest, times),
         "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
         "observed": sorted((manifest.get("observed") or {}).items()),
@@ -74,7 +76,7 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
         "episodes": len(told),
         "predicted": [_line(s, times) for s in _hypothetical(runs, times)],
         "overview": whole,
-        "tables": model.comparison(runs, times),
+        "tables": comparison(runs, times),
         "configs": _configs(runs),
         "legend": sorted(figures.kinds.items()),
         "command": command or manifest.get("command", ""),
@@ -136,9 +138,19 @@ def _finalize(value: object) -> object:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         autoescape=True, finalize=_finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["prose"] = _prose
+    return environment
+
+
+def _prose(text: object) -> Markup:
+    """Declared prose: `name` in back quotes is code."""
+    parts = words.clean(text).split("`")
+    if len(parts) % 2 == 0:
+        return escape(words.clean(text))
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def _detail(
@@ -158,7 +170,7 @@ def _detail(
     view: Window | None = None
     chart: Chart | None = None
     if (dataset.path / "events.parquet").is_file():
-        view = window(dataset, first["t_ns"], low - margin, high + margin, gaps)
+        view = window(dataset, first["t_ns"], low - margin, high + margin, gaps, times)
         chart = story_chart(story, view, gaps, times)
         fits = figures.add(chart)
         if fits is None:
@@ -205,7 +217,7 @@ def _told(story: Story, view: Window | None, times: words.Times) -> list[dict[st
             "seq": -1 if s.seq is None else s.seq,
             "dt": times.relative(s.t_ns - t),
             "text": s.text,
-            "origin": s.origin,
+            "origin": "computed" if s.origin == "model" and not story.predicted else s.origin,
             "place": _place(s.source, s.offset),
         }
         for s in steps
@@ -219,6 +231,7 @@ def _told(story: Story, view: Window | None, times: words.Times) -> list[dict[st
 
 
 def _place(source: object, offset: int | None) -> str:
+    """Where in which file."""
     if offset is None:
         return ""
     return f"{source} {offset:#x}" if source else f"{offset:#x}"
@@ -231,7 +244,7 @@ def _line(story: Story, times: words.Times) -> dict[str, Any]:
         "where": words.where(first, story.run["system"]), "t": times.at(first["t_ns"]), "n": len(story.findings),
         "expected": first["expected"], "observed": first["observed"], "confidence": first["confidence"],
         "place": _place(first.get("source"), first.get("offset")),
-        "evidence": model.reliable(story.run, first["t_ns"], times),
+        "evidence": model.reliable(story.run, first["t_ns"], times, brief=True),
     }  # fmt: skip
 
 
@@ -287,7 +300,7 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
         values = manifest.get(key)
         if values is not None:
             facts.append((word, f"{len(values)}: {ranges(values)}" if values else "none seen"))
-    facts.append(("Clock", _clock(clock)))
+    facts.append(("Clock", model.clock_words(clock)))
     if account:
         total = account.get("total", 0)
         parsed, skipped = account.get("parsed", 0), account.get("skipped", 0)
@@ -301,22 +314,6 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
         shown = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
         facts.append((str(key).replace("_", " "), words.number(shown) if not isinstance(shown, str) else shown))
     return facts
-
-
-def _clock(clock: Mapping[str, Any]) -> str:
-    if not clock:
-        return "nothing is known about it"
-    parts = [str(clock.get("kind", "unknown kind"))]
-    hz = clock.get("hz")
-    parts.append(f"{hz / 1e6:.6f} MHz" if isinstance(hz, int | float) and hz else "frequency unknown: times are ticks")
-    if clock.get("unit") == "ns" and not hz:
-        parts[-1] = "already in time units"
-    if clock.get("origin"):
-        parts.append(f"from {clock['origin']}")
-    error = clock.get("error_ppm")
-    parts.append(f"uncertainty {error:g} ppm" if isinstance(error, int | float) else "uncertainty not known")
-    text = ", ".join(parts)
-    return f"{text}. {clock['doc']}" if clock.get("doc") else text
 
 
 def ranges(values: Sequence[Any]) -> str:

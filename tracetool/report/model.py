@@ -12,16 +12,16 @@ from typing import Any, Final
 
 from replay.declare import Code
 from replay.systems import SYSTEMS
-from tracetool.report.words import Times, count, number, percent, plural, where
+from tracetool.report.words import Times, count, number, plural, where
 from tracetool.results import SEVERITIES, fold
 
 __all__ = [
-    "Other", "Rule", "Step", "Story", "code_of", "comparison", "headline", "nearest_gap", "overall", "primary",
+    "Other", "Rule", "Step", "Story", "clock_words", "code_of", "headline", "nearest_gap", "overall", "primary",
     "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of",
 ]  # fmt: skip
 
-#: Occurrences of one episode that are listed one by one.
-LISTED: Final = 40
+#: Episodes for which the other runs are searched; the search costs time for each.
+COMPARED: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +144,21 @@ def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
         worst = [(r, g) for r, g in found if g[0]["severity"] in ("error", "warn")]
         run, group = min(worst, key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
         code = code_of(run, group[0]["code"])
-        doc = code.doc.rstrip(".") if code else group[0]["code"]
+        doc = _inside(code.doc) if code else group[0]["code"]
         counted = severities(f for _, g in worst for f in g)
         lead = count(counted)
         episodes = plural(len(worst), "episode")
         would = "The model predicts" if run["mode"] != "verify" else "Found"
         return (
-            f"{would} {lead} in {episodes}. The worst: {doc[0].lower() + doc[1:] if doc[1:2].islower() else doc} "
+            f"{would} {lead} in {episodes}. The worst: {doc} "
             f"({group[0]['code']}, {where(group[0], run['system'])}, first at {times.at(group[0]['t_ns'])}).{unseen}"
         )
     if verdict == "inconclusive":
         seen = total - blind
         if total and not seen:
-            return "Inconclusive: none of the events that the rules need are in this recording. This is not a clean bill."
+            return (
+                "Inconclusive: none of the events that the rules need are in this recording. This is not a clean bill."
+            )
         reason = "some systems could not be judged" if seen else "no rule was evaluated"
         return f"Inconclusive: {reason}, or gaps cover most of the time. This is not a clean bill.{unseen}"
     remarks = severities(f for _, g in found for f in g)
@@ -164,6 +166,13 @@ def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
     return f"Clean as far as can be seen: no divergence under the {plural(total - blind, 'rule')} that " + (
         f"this recording can decide.{extra}{unseen}"
     )
+
+
+def _inside(sentence: str) -> str:
+    """A declared sentence as part of another one."""
+    word = sentence.partition(" ")[0]
+    own = (word.isupper() and len(word) > 1) or word in ("Xen", "Linux", "Intel")
+    return (sentence if own else sentence[:1].lower() + sentence[1:]).rstrip(".").replace("`", "")
 
 
 def run_summary(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,40 +215,55 @@ def rules(runs: Sequence[Mapping[str, Any]]) -> list[Rule]:
 
 
 def nearest_gap(t_ns: int, cpu: int | None, gaps: Sequence[Mapping[str, Any]], times: Times) -> str:
-    """The gap nearest to a moment that concerns its CPU, in words."""
+    """The gap nearest to a moment in words: on its own CPU, or else on another."""
+    if not gaps:
+        return "none: the recording has no known gap"
+    own = _nearest(t_ns, [g for g in gaps if cpu is None or g.get("cpu") in (None, cpu)])
+    if own is not None:
+        return _distance(*own, times)
+    other = _nearest(t_ns, gaps)
+    if other is None:
+        return "unknown: the times of the gaps are not known"
+    return f"none on CPU {cpu}; elsewhere {_distance(*other, times)}"
+
+
+def _nearest(t_ns: int, gaps: Iterable[Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
+    """(signed distance, gap): negative when the gap is earlier, 0 inside it."""
     best: tuple[int, Mapping[str, Any]] | None = None
     for gap in gaps:
-        if cpu is not None and gap.get("cpu") not in (None, cpu):
-            continue
         t0, t1 = gap.get("t0_ns"), gap.get("t1_ns")
-        low = t0 if t0 is not None else t1
-        high = t1 if t1 is not None else t0
-        if low is None or high is None:
+        if t0 is None and t1 is None:
             continue
-        distance = 0 if low <= t_ns <= high else min(abs(t_ns - low), abs(t_ns - high))
-        if best is None or distance < best[0]:
+        # An end that is not known is open: the gap reaches that far.
+        if t0 is not None and t_ns < t0:
+            distance = t0 - t_ns
+        elif t1 is not None and t_ns > t1:
+            distance = t1 - t_ns
+        else:
+            distance = 0
+        if best is None or abs(distance) < abs(best[0]):
             best = (distance, gap)
-    if best is None:
-        if gaps:
-            return "no gap on this CPU with a known time; see the list of gaps"
-        return "none: the recording has no known gap"
-    distance, gap = best
+    return best
+
+
+def _distance(distance: int, gap: Mapping[str, Any], times: Times) -> str:
     who = "all CPUs" if gap.get("cpu") is None else f"CPU {gap['cpu']}"
     text = f"{gap.get('reason', 'gap')} on {who}"
     if gap.get("lost"):
         text += f", {plural(gap['lost'], 'record')} lost"
     if distance == 0:
         return f"inside a gap ({text}): treat with care"
-    after = (gap.get("t0_ns") or gap.get("t1_ns") or 0) > t_ns
-    return f"{times.span(distance)} {'later' if after else 'earlier'} ({text})"
+    return f"{times.span(abs(distance))} {'later' if distance > 0 else 'earlier'} ({text})"
 
 
-def reliable(run: Mapping[str, Any], t_ns: int, times: Times) -> str:
-    """How far a run's word about a moment is evidence."""
+def reliable(run: Mapping[str, Any], t_ns: int, times: Times, *, brief: bool = False) -> str:
+    """How far a run's word about a moment is evidence; `brief`: the calibration in a word or two."""
     if run["mode"] == "verify":
         return "evidence: what was recorded"
     calibration = run.get("calibration")
     label = calibration.get("label", calibration.get("state", "")) if isinstance(calibration, Mapping) else calibration
+    if brief and label:
+        label = str(label).partition(":")[0]
     tail = f", {label}" if label else ", not calibrated against the recording"
     horizon = run.get("horizon_ns")
     if horizon is None:
@@ -273,7 +297,7 @@ def _others(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], runs: Se
             says = f"no {first['code']} here"
         if rest:
             says += "; instead " + ", ".join(f"{n} × {c}" if n > 1 else c for c, n in sorted(rest.items()))
-        others.append(Other(other["policy"], other["mode"], says, reliable(other, low, times)))
+        others.append(Other(other["policy"], other["mode"], says, reliable(other, low, times, brief=True)))
     return others
 
 
@@ -308,7 +332,7 @@ def stories(
         result.append(
             Story(
                 number_, run, group, code_of(run, first["code"]), _title(run, group), _steps(group),
-                _others(run, group, runs, times) if number_ <= 500 else [],
+                _others(run, group, runs, times) if number_ <= COMPARED else [],
                 nearest_gap(first["t_ns"], first.get("cpu"), gaps, times),
                 _facts(run, group, times),
             )
@@ -331,6 +355,15 @@ def _facts(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], times: Ti
     low = min(f["confidence"] for f in group)
     high = max(f["confidence"] for f in group)
     facts["Confidence"] = f"{low} of 100" if low == high else f"{low} to {high} of 100"
+    code = code_of(run, first["code"])
+    config = run.get("config") or {}
+    used = [
+        f"{n} = {number(config[n]['value'])} {config[n]['unit']}"
+        for n in (code.thresholds if code else ())
+        if n in config
+    ]
+    if used:
+        facts["Thresholds"] = "; ".join(used)
     if first.get("caused_by"):
         facts["Caused by"] = str(first["caused_by"])
     if first.get("tags"):
@@ -338,67 +371,18 @@ def _facts(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], times: Ti
     return facts
 
 
-def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str, Any]]:
-    """For each system that ran under several policies: its runs and every metric side by side."""
-    tables = []
-    by_system: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        by_system.setdefault(run["system"], []).append(run)
-    for system, mine in by_system.items():
-        names = dict.fromkeys(name for run in mine for name in run["metrics"])
-        counted = [Counter(f["code"] for f in run["findings"]) for run in mine]
-        codes = dict.fromkeys(code for c in counted for code in c)
-        blind = [{c["rule"] for c in run["coverage"] if c["state"] == "blind"} for run in mine]
-        base = mine[0]["metrics"]
-        rows = []
-        for name in names:
-            values = [run["metrics"].get(name) for run in mine]
-            cells = []
-            for index, value in enumerate(values):
-                old = base.get(name)
-                both = isinstance(value, int | float) and isinstance(old, int | float)
-                delta = value - old if index and both and value is not None and old is not None else None
-                cells.append((_metric(name, value, times), _change(delta, old) if delta else ""))
-            rows.append({"name": name, "cells": cells, "differs": len({str(v) for v in values}) > 1})
-        found = [
-            {
-                "name": code,
-                "cells": ["–" if code in blind[i] and not c[code] else number(c[code]) for i, c in enumerate(counted)],
-            }
-            for code in codes
-        ]
-        tables.append(
-            {
-                "system": system,
-                "title": mine[0].get("title", ""),
-                "runs": [
-                    {
-                        "policy": r["policy"], "mode": r["mode"], "verdict": r["verdict"],
-                        "trust": _trust(r, times), "horizon_ns": r.get("horizon_ns"),
-                    }
-                    for r in mine
-                ],
-                "rows": rows,
-                "found": found,
-            }
-        )  # fmt: skip
-    return tables
-
-
-def _trust(run: Mapping[str, Any], times: Times) -> str:
-    return reliable(run, -1 if run.get("horizon_ns") is not None else 0, times)
-
-
-def _change(delta: float, old: float | None) -> str:
-    sign = "+" if delta > 0 else "−"
-    if old:
-        return f"{sign}{percent(abs(delta), abs(old))}" if abs(delta) < 10 * abs(old) else f"{sign}{number(abs(delta))}"
-    return f"{sign}{number(abs(delta))}"
-
-
-def _metric(name: str, value: object, times: Times) -> str:
-    if value is None:
-        return "–"
-    if name.endswith("_ns") and isinstance(value, int):
-        return times.span(value)
-    return number(value)
+def clock_words(clock: Mapping[str, Any]) -> str:
+    """The quality of the clock; what is not known is said to be unknown."""
+    if not clock:
+        return "nothing is known about it"
+    parts = [str(clock.get("kind", "unknown kind"))]
+    hz = clock.get("hz")
+    parts.append(f"{hz / 1e6:.6f} MHz" if isinstance(hz, int | float) and hz else "frequency unknown: times are ticks")
+    if clock.get("unit") == "ns" and not hz:
+        parts[-1] = "already in time units"
+    if clock.get("origin"):
+        parts.append(f"from {clock['origin']}")
+    error = clock.get("error_ppm")
+    parts.append(f"uncertainty {error:g} ppm" if isinstance(error, int | float) else "uncertainty not known")
+    text = ", ".join(parts)
+    return f"{text}. {clock['doc']}" if clock.get("doc") else text

@@ -114,9 +114,7 @@ def _gap_starts(gaps: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row").sort("gap")
 
 
-def _accumulate(
-    part: pl.DataFrame, edges: Floats, tracks: dict[tuple[str, str], Track], gaps: pl.DataFrame
-) -> None:
+def _accumulate(part: pl.DataFrame, edges: Floats, tracks: dict[tuple[str, str], Track], gaps: pl.DataFrame) -> None:
     """Add the periods of one part: from a beginning to the next event of the same lane and kind of period.
 
     A period ends at a gap of its CPU: nobody knows what happened behind it.
@@ -130,7 +128,9 @@ def _accumulate(
         everywhere = gaps.filter(pl.col("cpu").is_null()).select("gap").sort("gap")
         frame = frame.sort("t_ns").join_asof(everywhere, left_on="t_ns", right_on="gap", strategy="forward")
         own = gaps.filter(pl.col("cpu").is_not_null()).rename({"gap": "own"}).sort("own")
-        frame = frame.join_asof(own, left_on="t_ns", right_on="own", by="cpu", strategy="forward", check_sortedness=False)
+        frame = frame.join_asof(
+            own, left_on="t_ns", right_on="own", by="cpu", strategy="forward", check_sortedness=False
+        )
         frame = frame.with_columns(pl.min_horizontal("end", "gap", "own").alias("end"))
     for (lane, span), rows in frame.sort("t_ns").group_by("lane", "span", maintain_order=True):
         key = (str(lane), str(span))

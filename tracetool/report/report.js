@@ -36,7 +36,7 @@
     return f;
   }
 
-  var config = { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  var config = { responsive: true, displayModeBar: false, scrollZoom: false, doubleClick: "reset" };
   var drawn = {};
 
   function draw(div) {
@@ -49,17 +49,28 @@
   }
   function redraw() { plots.forEach(function (d) { if (drawn[d.dataset.figure]) draw(d); }); }
 
+  var keys = { ArrowLeft: "left", ArrowRight: "right", "+": "in", "=": "in", "-": "out", "0": "all" };
+  function move(div, what) {
+    if (!div.layout) return false;
+    var r = div.layout.xaxis.range.map(Number), w = r[1] - r[0], m = (r[0] + r[1]) / 2;
+    var n = { left: [r[0] - w / 5, r[1] - w / 5], right: [r[0] + w / 5, r[1] + w / 5],
+      "in": [m - w / 4, m + w / 4], out: [m - w, m + w],
+      all: figures[div.dataset.figure].layout.xaxis.range.slice() }[what];
+    Plotly.relayout(div, { "xaxis.range": n });
+    return true;
+  }
+
   plots.forEach(function (div) {
     div.style.minHeight = div.dataset.height + "px";
+    var figure = div.closest("figure"), tools = figure.querySelector(".tools");
+    tools.hidden = false;
+    tools.addEventListener("click", function (e) {
+      var what = e.target.dataset && e.target.dataset.do;
+      if (what) move(div, what);
+    });
     div.addEventListener("keydown", function (e) {
-      if (!div.layout || e.ctrlKey || e.metaKey || e.altKey) return;
-      var r = div.layout.xaxis.range.map(Number), w = r[1] - r[0], m = (r[0] + r[1]) / 2, n = null;
-      if (e.key === "ArrowLeft") n = [r[0] - w / 5, r[1] - w / 5];
-      else if (e.key === "ArrowRight") n = [r[0] + w / 5, r[1] + w / 5];
-      else if (e.key === "+" || e.key === "=") n = [m - w / 4, m + w / 4];
-      else if (e.key === "-") n = [m - w, m + w];
-      else if (e.key === "0") n = figures[div.dataset.figure].layout.xaxis.range.slice();
-      if (n) { e.preventDefault(); Plotly.relayout(div, { "xaxis.range": n }); }
+      if (e.ctrlKey || e.metaKey || e.altKey || !keys[e.key]) return;
+      if (move(div, keys[e.key])) e.preventDefault();
     });
   });
 

@@ -13,12 +13,12 @@ from typing import Any, Final
 import polars as pl
 
 from replay.events import KIND_ID, KINDS
-from tracetool.report.words import hexa, noun
+from tracetool.report.words import Times, hexa, noun
 from tracetool.store import Dataset
 
 __all__ = [
-    "COLUMNS", "SPANS", "Moment", "Period", "Window", "describe", "lane_expr", "lane_key", "lane_of", "span_kinds",
-    "window",
+    "COLUMNS", "SPANS", "Moment", "Period", "Window", "describe", "lane_expr", "lane_key", "lane_of", "meanings",
+    "span_kinds", "window",
 ]  # fmt: skip
 
 COLUMNS: Final = ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf", "origin")
@@ -132,7 +132,7 @@ def lane_key(lane: str) -> tuple[int, tuple[int, ...], str]:
 _VECTOR: Final = frozenset({"isr.begin", "isr.end", "idle.break"})
 
 
-def describe(row: Mapping[str, Any]) -> str:
+def describe(row: Mapping[str, Any], times: Times | None = None) -> str:
     """An event in words: its kind and every column that is set; the vocabulary says what the columns mean."""
     kind = row["kind"]
     obj = row["obj"]
@@ -149,7 +149,9 @@ def describe(row: Mapping[str, Any]) -> str:
     if kind == "hpet.retarget":
         parts.append(f"CPU {row['val']} → CPU {row['tgt']}" + (" refused" if (row["flags"] or 0) & 1 else ""))
     elif kind == "idle.enter":
-        parts.append({None: "deadline unknown", 0: "no deadline"}.get(row["val"], f"until {row['val']}"))
+        left = None if row["val"] is None else row["val"] - row["t_ns"]
+        named = {None: "deadline unknown", 0: "no deadline"}
+        parts.append(named.get(row["val"]) or f"deadline {(times or Times()).relative(left or 0)}")
     else:
         parts += [f"{name}={row[name]}" for name in ("tgt", "val", "val2") if row[name] is not None]
         if row["flags"]:
@@ -186,17 +188,18 @@ def _take(data: Dataset, t: int, low: int, high: int, cap: int) -> tuple[int, in
 
 
 def window(
-    data: Dataset, t: int, low: int, high: int, gaps: Sequence[Mapping[str, Any]], *, cap: int = 1200
-) -> Window:
+    data: Dataset, t: int, low: int, high: int, gaps: Sequence[Mapping[str, Any]],
+    times: Times, *, cap: int = 1200,
+) -> Window:  # fmt: skip
     """The events around `t` (dataset time): at least from `low` to `high` unless there are more than `cap`."""
     low, high, rows, cut = _take(data, t, low, high, cap)
     if rows and not cut:
         # Nothing is gained by empty margins, but the finding itself must stay inside.
-        pad = max((high - low) // 50, 1)
-        low = max(low, min(rows[0]["t_ns"], t) - pad)
-        high = min(high, max(rows[-1]["t_ns"], t) + pad)
+        first, last = min(rows[0]["t_ns"], t), max(rows[-1]["t_ns"], t)
+        pad = max((last - first) // 40, 1)
+        low, high = max(low, first - pad), min(high, last + pad)
     before = _before(data, low, gaps)
-    periods, moments = _periods([*before, *rows], low)
+    periods, moments = _periods([*before, *rows], low, times)
     lanes = sorted({p.lane for p in periods} | {m.lane for m in moments}, key=lane_key)
     return Window(low, high, lanes, periods, moments, cut)
 
@@ -236,7 +239,7 @@ def _gap_between(gaps: Sequence[Mapping[str, Any]], cpu: int | None, t0: int, t1
     return False
 
 
-def _periods(rows: Iterable[Mapping[str, Any]], low: int) -> tuple[list[Period], list[Moment]]:
+def _periods(rows: Iterable[Mapping[str, Any]], low: int, times: Times) -> tuple[list[Period], list[Moment]]:
     open_: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     seen: set[tuple[str, str]] = set()
     periods: list[Period] = []
@@ -245,12 +248,12 @@ def _periods(rows: Iterable[Mapping[str, Any]], low: int) -> tuple[list[Period],
         kind, t = row["kind"], row["t_ns"]
         lane = lane_of(row)
         if t >= low:
-            moments.append(_moment(lane, row))
+            moments.append(_moment(lane, row, times))
         if kind in _BEGIN:
             span = _BEGIN[kind]
             stack = open_.setdefault((lane, span.name), [])
             if not span.nests and stack:  # its end is not in the recording: the next beginning ends it
-                periods.append(_period(lane, span, stack.pop(), t))
+                periods.append(_period(lane, span, stack.pop(), t, times))
             stack.append(row)
         elif kind in _END:
             span = _END[kind]
@@ -259,25 +262,25 @@ def _periods(rows: Iterable[Mapping[str, Any]], low: int) -> tuple[list[Period],
             if match is None and not span.nests and stack:
                 match = len(stack) - 1
             if match is not None:
-                periods.append(_period(lane, span, stack.pop(match), t))
+                periods.append(_period(lane, span, stack.pop(match), t, times))
             elif t >= low and (lane, span.name) not in seen:
                 periods.append(Period(lane, span, None, t, row["obj"], f"{span.name}, began before"))
             seen.add((lane, span.name))
     for (lane, name), stack in open_.items():
         span = next(s for s in SPANS if s.name == name)
-        periods += [_period(lane, span, row, None) for row in stack]
+        periods += [_period(lane, span, row, None, times) for row in stack]
     return [p for p in periods if p.t1 is None or p.t1 >= low], moments
 
 
-def _period(lane: str, span: Span, row: Mapping[str, Any], t1: int | None) -> Period:
-    text = f"{span.name}: {describe(row)}" + ("" if t1 is not None else ", end not in the window")
+def _period(lane: str, span: Span, row: Mapping[str, Any], t1: int | None, times: Times) -> Period:
+    text = f"{span.name}: {describe(row, times)}" + ("" if t1 is not None else ", end not in the window")
     return Period(lane, span, row["t_ns"], t1, row["obj"], text)
 
 
-def _moment(lane: str, row: Mapping[str, Any]) -> Moment:
+def _moment(lane: str, row: Mapping[str, Any], times: Times) -> Moment:
     origin = row.get("origin") or {}
     return Moment(
-        lane, row["t_ns"], row["kind"], describe(row), row["seq"], origin.get("file"), origin.get("offset"),
+        lane, row["t_ns"], row["kind"], describe(row, times), row["seq"], origin.get("file"), origin.get("offset"),
         row["conf"],
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def count(severities: Mapping[str, int]) -> str:
     """`2 errors, 1 warning`, or `nothing`."""
     names = (("error", "error"), ("warn", "warning"), ("info", "remark"))
     parts = [plural(severities[key], word) for key, word in names if severities.get(key)]
-    return ", ".join(parts) or "nothing"
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "nothing"
 
 
 def size(value: object) -> str:
@@ -78,7 +78,7 @@ def size(value: object) -> str:
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if value >= scale:
             return f"{number(value)} bytes ({value / scale:.1f} {unit})"
-    return f"{number(value)} bytes"
+    return plural(value, "byte")
 
 
 def percent(part: float, whole: float) -> str:
