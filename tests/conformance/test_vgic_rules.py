@@ -103,6 +103,13 @@ def test_g4_refill_is_by_priority_and_evicts_what_the_guest_has_not_taken() -> N
     assert late.metrics["max_delivery_ns"] == 3_900 + 500
 
 
+def test_g1_a_free_list_register_belongs_to_who_waits_longest() -> None:
+    """At 4500 the latched 40 arrives and frees its own LR: 44, which has waited in lr_pending, gets it."""
+    events = [ev(0, "phys_irq", obj=40), *(ev(1_000, "phys_irq", obj=irq) for irq in (41, 42, 43, 44))]
+    run = replay([*events, ev(1_100, "phys_irq", obj=40)], nr_lrs=4)
+    assert (run.metrics["guest_acks"], run.metrics["max_delivery_ns"]) == (6, 3_500 + 500)
+
+
 def test_g4_underflow_maintenance_when_few_list_registers_are_valid() -> None:
     three = [ev(0, "phys_irq", obj=irq) for irq in (40, 41, 42)]
     run = replay(three, nr_lrs=2)

@@ -43,8 +43,10 @@ STOP: Final = KIND_ID["sched.stop"]
 LOST: Final = KIND_ID["trace.lost"]
 
 ABOUT_IRQ: Final = frozenset(
-    (PHYS_IRQ, DEACTIVATE, AFFINITY, ENABLE, DISABLE, PRIORITY)
-    + (LR_WRITE, LR_CLEAR, GUEST_ACK, GUEST_EOI, INJECT, ITARGETS)
+    (
+        PHYS_IRQ, DEACTIVATE, AFFINITY, ENABLE, DISABLE, PRIORITY,
+        LR_WRITE, LR_CLEAR, GUEST_ACK, GUEST_EOI, INJECT, ITARGETS,
+    )
 )  # fmt: skip
 
 #: Vcpus and irqs that a run can have; events that name others are ignored (a corrupt recording, not a guest).
