@@ -35,6 +35,6 @@ SYSTEM = System(
     roles={},
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("hpet", "trace")),
-    stimuli=("idle.enter", "idle.break", "isr.begin", "isr.end"),
+    stimuli=("idle.enter", "idle.exit", "idle.break", "isr.begin", "isr.end"),
     calibrate=("hpet_irqs",),
 )

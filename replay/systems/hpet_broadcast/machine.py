@@ -24,6 +24,7 @@ __all__ = ["HpetBroadcast", "members_of"]
 
 ENTER: Final = KIND_ID["idle.enter"]
 BREAK: Final = KIND_ID["idle.break"]
+EXIT: Final = KIND_ID["idle.exit"]
 ISR_BEGIN: Final = KIND_ID["isr.begin"]
 ISR_END: Final = KIND_ID["isr.end"]
 
@@ -31,6 +32,7 @@ ISR_END: Final = KIND_ID["isr.end"]
 MATCH: Final = 1
 HANDLER_END: Final = 2
 REENTER: Final = 3
+RESUME: Final = 4
 
 
 def members_of(mask: int) -> list[int]:
@@ -70,7 +72,9 @@ class HpetBroadcast(Machine):
         self.wake_ipis = 0
         self.joins = 0
         self.shortens = 0
-        self.ignored_entries = 0
+        self.pushed = 0
+        self.dropped_bodies = 0
+        self.moved_deadlines = 0
 
     def load(self, init: Mapping[str, Any]) -> None:
         """`init.S1.channels[]` = {owner, dest, members, next, deadlines}: CPUs that already sleep."""
@@ -100,7 +104,9 @@ class HpetBroadcast(Machine):
         for kind, t, cpu, obj, val in rows:
             self.advance(t)
             if kind == ENTER:
-                self.enter(self.cpu(cpu), val if val > 0 else INF)
+                self.recorded_enter(self.cpu(cpu), val if val > 0 else INF)
+            elif kind == EXIT:
+                self.cpu(cpu).recorded_exit = t
             elif kind == BREAK:
                 self.broken(self.cpu(cpu))
             elif kind == ISR_BEGIN:
@@ -117,13 +123,38 @@ class HpetBroadcast(Machine):
             self.handler_end(self.cpus[a], b)
         elif action == REENTER:
             self.enter(self.cpus[a], b)
+        elif action == RESUME:
+            # A deadline that passed while the body was pushed asks for a wake at once; it is the push that is late.
+            self.enter(self.cpus[a], max(b, self.now))
 
     # -- sleeping and waking -----------------------------------------------------------------------------------
+
+    def recorded_enter(self, cpu: Cpu, deadline: int) -> None:
+        """A recorded idle entry. What the CPU did since its recorded wake is a body that follows the predicted one.
+
+        C2, C7: if the model woke the CPU later than the recording did, the sleep begins when the body has ended; an
+        entry that would come too early keeps its recorded time, and the deadline is never shifted (C6). If the model
+        still sleeps, the recorded wake was surplus: with the deadline unchanged it did no work and is dropped (C5);
+        with another deadline something moved the timers, which ends the model's sleep too.
+        """
+        body = self.now - cpu.recorded_exit if cpu.recorded_exit != NONE else 0
+        cpu.recorded_exit = NONE
+        if body and cpu.asleep:
+            if abs(deadline - cpu.deadline) <= self.slop_ns:
+                self.dropped_bodies += 1
+                return
+            self.moved_deadlines += 1
+            cpu.deadline = INF
+            self.broken(cpu)
+        elif body and cpu.woke_at + body > self.now:
+            self.pushed += 1
+            self.agenda.at(cpu.woke_at + body, SOFTWARE, RESUME, cpu.index, deadline)
+            return
+        self.enter(cpu, deadline)
 
     def enter(self, cpu: Cpu, deadline: int) -> None:
         """A CPU goes idle with an absolute deadline. Ignored when it is asleep already."""
         if cpu.asleep:
-            self.ignored_entries += 1
             return
         cpu.asleep = True
         cpu.deadline = deadline
@@ -144,6 +175,7 @@ class HpetBroadcast(Machine):
         channel = self.channels[cpu.channel] if cpu.channel != NONE else None
         if channel is not None:
             self.policy.on_exit(self, channel, cpu)
+        cpu.woke_at = self.now
         if not unrelated and deadline < INF and deadline - self.now > self.slop_ns:
             self.agenda.at(self.now + self.rewake_busy_ns, SOFTWARE, REENTER, cpu.index, deadline)
 
@@ -269,7 +301,9 @@ class HpetBroadcast(Machine):
             "wake_ipis": self.wake_ipis,
             "joins": self.joins,
             "shortens": self.shortens,
-            "ignored_idle_entries": self.ignored_entries,
+            "pushed": self.pushed,
+            "dropped_bodies": self.dropped_bodies,
+            "moved_deadlines": self.moved_deadlines,
             "early_wakeups": self.monitor.early_wakeups,
             "max_lateness_ns": self.monitor.max_lateness_ns,
             "max_nesting": self.monitor.max_nesting,

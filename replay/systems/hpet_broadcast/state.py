@@ -46,9 +46,14 @@ class Frame:
 
 
 class Cpu:
-    """One CPU: asleep or busy, its deadline, the vectors in service at its LAPIC, the handlers on its stack."""
+    """One CPU: asleep or busy, its deadline, the vectors in service at its LAPIC, the handlers on its stack.
 
-    __slots__ = ("asleep", "channel", "deadline", "in_service", "index", "pending", "stack")
+    `recorded_exit` is when it left idle in the recording (NONE: not yet), `woke_at` when it did so in the model.
+    """
+
+    __slots__ = (
+        "asleep", "channel", "deadline", "in_service", "index", "pending", "recorded_exit", "stack", "woke_at",
+    )  # fmt: skip
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -58,3 +63,5 @@ class Cpu:
         self.in_service: list[int] = []  # vectors of other interrupts, not yet EOIed
         self.pending: list[int] = []  # channels whose message waits in IRR
         self.stack: list[Frame] = []
+        self.recorded_exit = NONE
+        self.woke_at = NONE
