@@ -21,6 +21,8 @@ _BOOT_STAMP = re.compile(rb"^\r?\(XEN\) \[\s*(\d{1,10})\.(\d{6})\] ", re.M)
 _GUEST = re.compile(r"d(?P<dom>\d+):\s*(?P<pirq>\d+)\((?P<pending>[-P?])(?P<masked>[-M?])(?P<held>[-M])\)")
 #: ≤ 4.8: pending, masked (S the guest's shared mask), M held; four marks.
 _GUEST_OLD = re.compile(r"(?P<dom>\d+):\s*(?P<pirq>\d+)\((?P<pending>[-P])(?P<masked>[-M])(?P<marks>[-A-Z]{2})\)")
+#: Lines that are recognised anywhere: the dump whose ordinal they carry, if it is not called like their table.
+_COUNTED = {"xen_now": "sched", "sched_unit": "sched", "cpu_current": "sched", "virq_notified": "domain"}
 _PAIR = re.compile(r"(\w)=(\S+)")
 _FIFO = re.compile(r"^(?P<busy>[B ]) (?P<link>\d+|-)\s*$")
 
@@ -87,7 +89,7 @@ class XenConsoleReader(TextReader):
         self._context.update({name: groups[name] for name in rule.sets})
         cpu = int(values["cpu"]) if values.get("cpu") is not None else None  # type: ignore[arg-type]
         values["kind"] = self._section
-        section = rule.within or rule.enter or rule.table
+        section = rule.within or rule.enter or _COUNTED.get(rule.table, rule.table)
         if section not in self._snapshots:
             self._snapshots[section] = 0
         base: dict[str, Any] = {"snapshot": self._snapshots[section]}

@@ -93,6 +93,15 @@ def test_debug_key_counts() -> None:
         assert set(read.tables[table]["snapshot"]) == {0}
 
 
+def test_dumps_are_numbered() -> None:
+    data = sample("xen-debug-keys.txt.zst")
+    once, thrice = Read(XenConsoleReader, data), Read(XenConsoleReader, data * 3)
+    for name, table in once.tables.items():
+        if name != "other":
+            counts = thrice.tables[name].group_by("snapshot").len().sort("snapshot").rows()
+            assert counts == [(n, table.height) for n in range(3)], name
+
+
 def test_event_channels_of_both_abis() -> None:
     evtchn = load("xen-debug-keys.txt.zst").tables["evtchn"]
     assert dict(evtchn.group_by("dom").agg(pl.col("abi").unique()).iter_rows()) == {0: ["fifo"], 1: ["2l"]}
