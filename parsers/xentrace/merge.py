@@ -19,7 +19,7 @@ from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
 __all__ = ["BATCH_WORDS", "Batch", "Overrun", "batches", "find_records", "hop"]
 
-BATCH_WORDS = 3 << 20  #: 12 MiB of words at a time
+BATCH_WORDS = 2 << 20  #: 8 MiB of words at a time
 MIN_PIECE_WORDS = 1024
 GUARD = max(RECORD_WORDS)  #: words between two windows in the buffer; no record reaches farther
 FEW_LANES = 48  #: below this a plain loop is faster than NumPy stepping through all windows together
