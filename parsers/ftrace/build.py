@@ -16,7 +16,9 @@ from parsers.ftrace.columns import FTRACE_COMMON, escape
 from parsers.ftrace.flags import decode_flags
 from parsers.ftrace.layouts import Layout
 from parsers.ftrace.notes import note
-from parsers.ftrace.payload import TEXT, Payloads
+from parsers.ftrace.payload import TEXT, Payload, Payloads
+from parsers.ftrace.quick import Rows
+from parsers.ftrace.swar import Text
 from parsers.recording import ClockModel, Note, ReadOptions
 from parsers.tables import Column, Table
 
@@ -93,7 +95,8 @@ class Builder:
         )
         count = records.row.size
         order = np.argsort(codes, kind="stable")
-        payload = self._payload_text(data, text, payload_start, records.end, order)
+        text8 = Text(data)
+        payload = self._payload_rows(data, payload_start, records.end, order, text8)
         common = self._common(data, records, sources, line, order)
         edges = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)).tolist()
         parts: dict[str, list[pa.Table]] = {}
@@ -101,7 +104,7 @@ class Builder:
             name = names[int(codes[order[begin]])]
             self.counts[name] = self.counts.get(name, 0) + end - begin
             shared = [values.slice(begin, end - begin) for values in common]
-            group = payload.slice(begin, end - begin)
+            group = Payload(payload.part(begin, end), text)
             if name in FIXED and name != TEXT.name:
                 table = self._fixed(name, shared, group, records, order[begin:end], scan, text, starts, ends)
                 parts.setdefault(name, []).append(table)
@@ -203,26 +206,17 @@ class Builder:
         return Records(**fields), codes, start, names, unknown[~belongs].tolist()
 
     @staticmethod
-    def _payload_text(data: Array, text: bytes, start: Array, end: Array, order: Array) -> pa.Array:
-        """Payloads in `order` as large strings; those with bytes that need it are escaped one by one."""
-        odd = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
-        touched = np.zeros(0, dtype=np.int64)
-        if odd.size:
-            place = np.searchsorted(start, odd, side="right") - 1
-            place = place[(place >= 0)]
-            spot = odd[odd >= start[0]] if start.size else odd
-            touched = np.unique(place[spot < end[place]])
-        extra, position = [], len(data)
-        start, length = start.copy(), np.maximum(end - start, 0)
-        for index in touched.tolist():
-            better = escape(text[int(start[index]) : int(end[index])]).replace("\0", "\\x00").encode()
-            extra.append(better)
-            start[index], length[index] = position, len(better)
-            position += len(better)
-        if extra:
-            data = np.concatenate((data, np.frombuffer(b"".join(extra), dtype=np.uint8)))
-        raw = binary(data, start[order], length[order])
-        return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers())
+    def _payload_rows(data: Array, start: Array, end: Array, order: Array, text: Text) -> Rows:
+        """Payloads in `order`; `odd` marks those that hold a backslash, a NUL or anything that is not ASCII."""
+        end = np.maximum(end, start)
+        strange = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
+        if not strange.size:
+            return Rows(text, start[order], end[order])
+        place = np.searchsorted(start, strange, side="right") - 1
+        inside = (place >= 0) & (strange < end[np.maximum(place, 0)])
+        odd = np.zeros(start.size, dtype=bool)
+        odd[place[inside]] = True
+        return Rows(text, start[order], end[order], odd[order] if odd.any() else None)
 
     def _common(
         self, data: Array, records: Records, sources: dict[int, bytes], line: int, order: Array
@@ -294,9 +288,9 @@ class Builder:
             own.append(values if values.type == kind else values.cast(kind))
         return pa.Table.from_arrays([*shared, *own], schema=table.schema())
 
-    def _text(self, name: str, shared: list[pa.Array], group: pa.Array, rows: Array) -> pa.Table:
+    def _text(self, name: str, shared: list[pa.Array], group: Payload, rows: Array) -> pa.Table:
         index = pa.array(rows)
-        payload = group.take(index).cast(pa.string())
+        payload = group.strings(rows).cast(pa.string())
         columns = [values.take(index) for values in shared]
         return pa.Table.from_arrays([*columns, constant(COMM, name, rows.size), payload], schema=TEXT.schema())
 
@@ -304,7 +298,7 @@ class Builder:
         self,
         name: str,
         shared: list[pa.Array],
-        group: pa.Array,
+        group: Payload,
         records: Records,
         index: Array,
         scan: Scan,
@@ -315,11 +309,12 @@ class Builder:
         """Function tracers and stack traces."""
         self.tables.setdefault(name, FIXED[name])
         if name == "function":
-            groups = pl.Series(group).str.extract_groups(r"^\s*(\S+) +<-(\S+)").struct.unnest()
+            calls = pl.Series(group.strings(np.arange(len(group))))
+            groups = calls.str.extract_groups(r"^\s*(\S+) +<-(\S+)").struct.unnest()
             own = [groups.to_series(i).to_arrow().cast(pa.string()) for i in (0, 1)]
         elif name == "funcgraph":
             shown = records.duration[index]
-            calls = pl.Series(group)
+            calls = pl.Series(group.strings(np.arange(len(group))))
             blank = calls.str.len_bytes() - calls.str.strip_chars_start(" ").str.len_bytes()
             depth = (np.maximum(blank.to_numpy().astype(np.int64) - 2, 0) // 2).clip(0, 65535)
             own = [

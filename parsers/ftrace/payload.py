@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from parsers.ftrace.arrays import Array, bits, plain
-from parsers.ftrace.columns import FTRACE_COMMON
+from parsers.ftrace.arrays import Array, binary
+from parsers.ftrace.columns import FTRACE_COMMON, escape
+from parsers.ftrace.convert import bitmask, each, fit, hexadecimal, parse_numbers, word_value
+from parsers.ftrace.quick import Rows, quick
 from parsers.ftrace.shapes import Part, Shape, declared, event_table, raw_shape
 from parsers.tables import Column, Table
 
-__all__ = ["TEXT", "Payloads"]
+__all__ = ["TEXT", "Payload", "Payloads"]
 
 #: Events whose payload has no known grammar, and lines of text that belong to the event before.
 TEXT = Table(
@@ -41,84 +42,6 @@ RETURN = {
 Built = tuple[Array, dict[str, pa.Array]]
 
 
-def _numbers(values: pa.Array, base16: bool) -> tuple[Array, Array]:
-    """(u64 bit patterns, which rows are numbers)."""
-    if base16:
-        return _hex(values)
-    try:
-        return values.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64), np.ones(len(values), dtype=bool)
-    except pa.ArrowInvalid:
-        pass
-    series = pl.Series(values)
-    signed = series.cast(pl.Int64, strict=False)
-    result, known = signed.fill_null(0).to_numpy().view(np.uint64), signed.is_not_null().to_numpy()
-    if not known.all():
-        large = series.cast(pl.UInt64, strict=False)
-        result = np.where(known, result, large.fill_null(0).to_numpy())
-        known = known | large.is_not_null().to_numpy()
-    return result, known
-
-
-def _hex(values: pa.Array) -> tuple[Array, Array]:
-    """As `_numbers`, for hexadecimal digits without 0x; pointers have 16 of them in every row."""
-    buffers, rows = values.buffers(), len(values)
-    if values.null_count == 0 and buffers[2] is not None:
-        offsets = np.frombuffer(buffers[1], dtype=np.int64)[values.offset : values.offset + rows + 1]
-        if rows and offsets[-1] - offsets[0] == 16 * rows and (np.diff(offsets) == 16).all():
-            try:
-                packed = bytes.fromhex(bytes(buffers[2][int(offsets[0]) : int(offsets[-1])]).decode("latin-1"))
-            except ValueError:
-                packed = b""
-            if len(packed) == 8 * rows:
-                return np.frombuffer(packed, dtype=">u8").astype(np.uint64), np.ones(rows, dtype=bool)
-    parsed = pl.Series(values).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
-    return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
-
-
-def _fit(values: Array, valid: Array, kind: pa.DataType) -> pa.Array:
-    """u64 bit patterns as `kind`, wrapped to its width as the kernel's field would hold them."""
-    if kind == pa.bool_():
-        return bits(values != 0, valid)
-    width = kind.bit_width // 8
-    return plain(kind, values.astype(f"u{width}"), valid)
-
-
-def _each(values: pa.Array, function: Callable[[str], int | None]) -> tuple[Array, Array]:
-    """`function` of each different value, spread over the rows: (u64 bit patterns, which are known)."""
-    coded = values.dictionary_encode()
-    answers = [function(str(word)) for word in coded.dictionary.to_pylist()]
-    index = coded.indices.to_numpy(zero_copy_only=False)
-    numbers = np.array([(answer or 0) & (1 << 64) - 1 for answer in answers] or [0], dtype=np.uint64)
-    known = np.array([answer is not None for answer in answers] or [False], dtype=bool)
-    return numbers[index], known[index]
-
-
-def _word_value(part: Part) -> Callable[[str], int | None]:
-    def value(word: str) -> int | None:
-        if word in part.words or not part.flags:
-            return part.words.get(word)
-        total = 0
-        for name in filter(None, re.split(r"\||(?=\+)", word)):
-            if name not in part.words:
-                return None
-            total |= part.words[name]
-        return total
-
-    return value
-
-
-def _bitmask(values: pa.Array) -> pa.Array:
-    """`00000000,00000003` (32-bit words, highest first) as a list of 64-bit words, lowest first."""
-
-    def words(text: str) -> list[int]:
-        number, size = int(text.replace(",", "") or "0", 16), (len(text.split(",")) + 1) // 2
-        return [number >> 64 * i & (1 << 64) - 1 for i in range(size)]
-
-    coded = values.dictionary_encode()
-    lists = pa.array([words(str(text)) for text in coded.dictionary.to_pylist()], pa.list_(pa.uint64()))
-    return lists.take(coded.indices)
-
-
 def _text(values: pa.Array) -> pa.Array:
     return values.cast(pa.string())
 
@@ -135,19 +58,19 @@ def _convert(
     if part.how == "words":
         found = {symbol: _text(values)}
         if part.words and kind is not None and kind != pa.string():
-            numbers, known = _each(values, _word_value(part))
-            found[name] = _fit(numbers, known, kind)
+            numbers, known = each(values, word_value(part))
+            found[name] = fit(numbers, known, kind)
         return found, None
     if part.how == "bitmask":
-        return ({name: _bitmask(values)} if kind is not None and pa.types.is_list(kind) else {}), None
+        return ({name: bitmask(values)} if kind is not None and pa.types.is_list(kind) else {}), None
     if kind is None or kind == pa.string() or pa.types.is_list(kind):
         return {name: _text(values)} if kind == pa.string() else {}, None
     if part.how in ("number", "hex"):
-        numbers, known = _numbers(values, part.how == "hex")
-        return {name: _fit(numbers, known, kind)}, None
+        numbers, known = parse_numbers(values, part.how == "hex")
+        return {name: fit(numbers, known, kind)}, None
     # a number or the name of an address
     numbers, known = _addresses(values, name.startswith("__probe_"))
-    found = {name: _fit(numbers, known, kind)}
+    found = {name: fit(numbers, known, kind)}
     if known.all():
         return found, None
     if symbol not in types:
@@ -162,12 +85,12 @@ def _addresses(values: pa.Array, base16: bool) -> tuple[Array, Array]:
     first = pc.utf8_slice_codeunits(values, 0, 2)
     prefixed = pc.equal(first, "0x").to_numpy(zero_copy_only=False)
     if prefixed.all():
-        return _hex(pc.utf8_slice_codeunits(values, 2))
+        return hexadecimal(pc.utf8_slice_codeunits(values, 2))
     if not base16 and not prefixed.any() and not pc.any(pc.match_substring_regex(first, r"^-?\d")).as_py():
         return np.zeros(len(values), dtype=np.uint64), prefixed
-    numbers, known = _numbers(values, base16)
+    numbers, known = parse_numbers(values, base16)
     if prefixed.any():
-        other, valid = _hex(pc.utf8_slice_codeunits(values, 2))
+        other, valid = hexadecimal(pc.utf8_slice_codeunits(values, 2))
         numbers, known = np.where(prefixed, other, numbers), np.where(prefixed, valid, known)
     return numbers, known
 
@@ -225,6 +148,39 @@ def _infer(values: list[str]) -> pa.DataType:
     return pa.string()
 
 
+class Payload:
+    """Payloads of one event in two forms: byte positions, and (made when asked for) escaped strings."""
+
+    def __init__(self, rows: Rows, text: bytes) -> None:
+        self._rows, self._raw = rows, text
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, chosen: Array) -> Rows:
+        """Some of the rows."""
+        rows = self._rows
+        if chosen.size == len(rows):
+            return rows
+        return Rows(rows.text, rows.start[chosen], rows.end[chosen], None if rows.odd is None else rows.odd[chosen])
+
+    def strings(self, chosen: Array) -> pa.Array:
+        """Some of the payloads as large strings; those with bytes that need it are escaped one by one."""
+        rows = self.rows(chosen)
+        data, start = rows.text.data, rows.start
+        length = np.maximum(rows.end - start, 0)
+        if rows.odd is not None and rows.odd.any():
+            start, extra, position = start.copy(), [], len(data)
+            for index in np.flatnonzero(rows.odd).tolist():
+                better = escape(self._raw[int(start[index]) : int(rows.end[index])]).replace("\0", "\\x00").encode()
+                extra.append(better)
+                start[index], length[index] = position, len(better)
+                position += len(better)
+            data = np.concatenate((data, np.frombuffer(b"".join(extra), dtype=np.uint8)))
+        raw = binary(data, start, length)
+        return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers())
+
+
 class Payloads:
     """Decodes payloads event by event and remembers which undeclared events got which columns."""
 
@@ -234,7 +190,7 @@ class Payloads:
         self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
         self._plain: set[str] = set()
 
-    def decode(self, name: str, payload: pa.Array) -> tuple[list[Built], Array]:
+    def decode(self, name: str, payload: Payload) -> tuple[list[Built], Array]:
         """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text."""
         known = declared().get(name)
         parts: list[Built] = []
@@ -245,14 +201,15 @@ class Payloads:
             for shape in known.shapes:
                 rest = self._try(shape, known.types, payload, rest, parts)
             if rest.size:
-                raw = raw_shape(str(payload[int(rest[0])])[:4096], known.types)
+                raw = raw_shape(str(payload.strings(rest[:1])[0])[:4096], known.types)
                 if raw is not None:
                     rest = self._try(raw, known.types, payload, rest, parts)
             return parts, rest
         if name in self._plain:
             return parts, rest
         if name not in self._dynamic:
-            guess = self._guess(payload) if len(self._dynamic) < MAX_TABLES else None
+            sample = payload.strings(np.arange(min(len(payload), 200)))
+            guess = self._guess(sample) if len(self._dynamic) < MAX_TABLES else None
             if guess is None:
                 if len(self._plain) < MAX_TABLES:
                     self._plain.add(name)
@@ -269,12 +226,18 @@ class Payloads:
 
     @staticmethod
     def _try(
-        shape: Shape, types: dict[str, pa.DataType], payload: pa.Array, rest: Array, parts: list[Built]
+        shape: Shape, types: dict[str, pa.DataType], payload: Payload, rest: Array, parts: list[Built]
     ) -> Array:
         if not rest.size:
             return rest
-        left = payload if rest.size == len(payload) else payload.take(pa.array(rest))
-        rows, columns = apply_shape(shape, left, types)
+        if shape.literals:
+            rows, columns = quick(shape, payload.rows(rest), types)
+            if rows.size:
+                parts.append((rest[rows], columns))
+                rest = np.delete(rest, rows)
+                if not rest.size:
+                    return rest
+        rows, columns = apply_shape(shape, payload.strings(rest), types)
         if rows.size:
             parts.append((rest[rows], columns))
             rest = np.delete(rest, rows)
@@ -302,13 +265,19 @@ class Payloads:
                 types.update(PROBE)
         joined = " ".join(f"{key}=(.*?)" for key in keys)
         pattern += (" " if head and keys else "") + joined + " *$"
-        sample = pl.Series(payload.slice(0, 200)).str.extract_groups(pattern).struct.unnest()
+        sample = pl.Series(payload).str.extract_groups(pattern).struct.unnest()
         for number, key in enumerate(keys, start=len(fixed)):
             values = [str(value) for value in sample.to_series(number).drop_nulls().to_list()]
             types[key] = pa.uint64() if key.startswith("__probe_") else _infer(values)
         parts = fixed + tuple(
             Part(key, "string" if types[key] == pa.string() else "symbol") for key in keys
         )
-        return types, Shape(pattern, parts)
+        opening = ([b"(", b" <- "] if len(fixed) == 2 else [b"("]) if fixed else []
+        ends = [f" {key}=".encode() for key in keys]
+        if fixed:
+            literals = [*opening, *([b")" + ends[0], *ends[1:], b""] if keys else [b")"])]
+        else:
+            literals = [ends[0][1:], *ends[1:], b""]
+        return types, Shape(pattern, parts, tuple(literals))
 
 

@@ -41,14 +41,19 @@ class Part:
     how: How
     words: dict[str, int] = field(default_factory=dict)
     flags: bool = False
+    options: tuple[str, ...] = ()  # the only words that there are
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One way an event's payload is printed."""
+    """One way an event's payload is printed.
+
+    `literals`: the fixed text before each part and after the last one; empty when parts touch each other.
+    """
 
     pattern: str
     parts: tuple[Part, ...]
+    literals: tuple[bytes, ...] = ()
 
 
 def numeric_type(size: str) -> pa.DataType | None:
@@ -98,6 +103,7 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
     parts: list[Part] = []
     extra: dict[str, pa.DataType] = {}
     position, used = 0, set()
+    literals: list[bytes] = []
     shape = shape.strip()
     for match in SPLIT.finditer(shape):
         before = shape[position : match.start()]
@@ -112,6 +118,8 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
             )
         how: How
         words: dict[str, int] = {}
+        options: list[str] = []
+        literals.append(before.encode())
         if text.startswith((" as sym<", " as flags<")) or "-> one of" in text:
             how = "words"
             if "-> one of" in text:
@@ -148,10 +156,12 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
             words = {}
         used.add((field_name, how))
         pattern += group
-        parts.append(Part(field_name, how, words, " as flags<" in text))
+        parts.append(Part(field_name, how, words, " as flags<" in text, tuple(options)))
     pattern += re.escape(shape[position:])
     pattern = re.sub(r"(\\ )+", lambda run: " +" if len(run[0]) > 2 else " ", pattern)
-    return Shape(f"^ *{pattern} *$", tuple(parts)), extra
+    literals.append(shape[position:].encode())
+    simple = parts and all(literals[1:-1])
+    return Shape(f"^ *{pattern} *$", tuple(parts), tuple(literals) if simple else ()), extra
 
 
 #: Text of trace_marker, trace_printk and their kin: the whole payload is the user's.
@@ -216,4 +226,6 @@ def raw_shape(payload: str, types: dict[str, pa.DataType]) -> Shape | None:
             return None
         how: How = "string" if kind == pa.string() else "symbol"
         parts.append(Part(key, how))
-    return Shape(r"^(?:\[FAILED TO PARSE\] )?" + " ".join(f"{key}=(.*?)" for key in keys) + " *$", tuple(parts))
+    literals = (f"{keys[0]}=".encode(), *(f" {key}=".encode() for key in keys[1:]), b"")
+    pattern = " ".join(f"{key}=(.*?)" for key in keys)
+    return Shape(rf"^(?:\[FAILED TO PARSE\] )?{pattern} *$", tuple(parts), literals)

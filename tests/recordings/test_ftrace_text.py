@@ -200,3 +200,27 @@ def test_symbols_and_words() -> None:
     switch = tables["sched_switch"].to_pydict()
     assert set(zip(switch["prev_state_sym"], switch["prev_state"], strict=True)) >= {("R", 0), ("S", 1), ("I", 128)}
     assert set(tables["cpu_idle"]["state"].to_pylist()) >= {4294967295, 1}
+
+
+TEXTS = sorted(path.name for path in SAMPLES.glob("ftrace-*.txt.zst"))
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "report", "report-R"])
+def test_fast_way_equals_patterns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stepping from literal to literal and the regular expressions give the same tables."""
+    if name == "report":
+        data = unpacked(shared_path("recordings/linux-6.1-rt/tc-v7.report.txt.zst"))
+    elif name == "report-R":
+        data = unpacked(SAMPLES / "linux-6.1-tracecmd-v7.report-R.txt.zst")
+    else:
+        data = text_of(SAMPLES / name)
+    _, _, fast = read(data)
+
+    def refused(shape: Any, rows: Any, types: Any) -> tuple[Any, dict[str, Any]]:
+        return rows.start[:0], {}
+
+    monkeypatch.setattr("parsers.ftrace.payload.quick", refused)
+    _, _, slow = read(data)
+    assert set(fast) == set(slow)
+    for event, table in fast.items():
+        assert table.to_pydict() == slow[event].to_pydict(), event

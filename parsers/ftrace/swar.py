@@ -1,0 +1,113 @@
+"""Numbers out of text for all rows at once, eight characters per machine word ("SIMD within a register").
+
+`Text` holds the bytes and an unaligned view of every 8 of them as one little-endian u64. Each method works on
+arrays of byte positions; nothing here loops over rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from parsers.ftrace.arrays import Array
+
+__all__ = ["Text"]
+
+U64 = np.uint64
+LOW = U64(0x0101010101010101)
+HIGH = U64(0x8080808080808080)
+ZEROS = U64(0x3030303030303030)
+NIBBLES = U64(0xF0F0F0F0F0F0F0F0)
+SIXES = U64(0x0606060606060606)
+#: Keeps the last n of eight characters (the high bytes of the word).
+LAST = np.array([0, *((0xFFFFFFFFFFFFFFFF << 8 * (8 - n)) & 0xFFFFFFFFFFFFFFFF for n in range(1, 9))], dtype=np.uint64)
+TENS = np.array([10**n for n in range(20)], dtype=np.uint64)
+
+
+class Text:
+    """Bytes of a batch; they must have 8 spare bytes before the first and after the last position asked for."""
+
+    def __init__(self, data: Array) -> None:
+        self.data = data
+        self.words = np.ndarray((len(data) - 8,), dtype="<u8", buffer=data.data, strides=(1,))
+
+    def has(self, literal: bytes, at: Array) -> Array:
+        """Whether `literal` stands at each position."""
+        good = np.ones(at.size, dtype=bool)
+        for begin in range(0, len(literal), 8):
+            part = literal[begin : begin + 8]
+            mask = U64((1 << 8 * len(part)) - 1)
+            good &= (self.words[at + begin] & mask) == U64(int.from_bytes(part, "little"))
+        return good
+
+    def find(self, letter: int, at: Array, end: Array) -> Array:
+        """First position of `letter` at or after `at`; `end` where it does not come before that."""
+        place = end.copy()
+        rows, position = np.arange(at.size), at
+        pattern = LOW * U64(letter)
+        while rows.size:
+            word = self.words[position] ^ pattern
+            hit = (word - LOW) & ~word & HIGH
+            found = hit != 0
+            if found.any():
+                lowest = hit[found] & (~hit[found] + U64(1))
+                # the bit's number, by way of its exponent: exact for a power of two
+                byte = (np.frexp(lowest.astype(np.float64))[1] - 8) >> 3
+                place[rows[found]] = np.minimum(position[found] + byte, end[rows[found]])
+            following = position + 8
+            left = ~found & (following < end[rows])
+            rows, position = rows[left], following[left]
+        return place
+
+    def decimal(self, start: Array, end: Array) -> tuple[Array, Array]:
+        """Signed decimal numbers of up to 18 digits as u64 bit patterns, and which rows are such numbers."""
+        negative = self.data[start] == 45
+        start = start + negative
+        value, good = self._unsigned(start, end)
+        if negative.any():
+            value = np.where(negative, ~value + U64(1), value)
+        return value, good
+
+    def _unsigned(self, start: Array, end: Array) -> tuple[Array, Array]:
+        size = end - start
+        good = (size > 0) & (size <= 18)
+        value = np.zeros(start.size, dtype=np.uint64)
+        done = 0
+        longest = min(int(size.max(initial=0)), 18)
+        while done < longest:
+            take = np.clip(size - done, 0, 8)
+            keep = LAST[take]
+            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep)
+            good &= ((word & NIBBLES) == ZEROS) & (((word + SIXES) & NIBBLES) == ZEROS)
+            word -= ZEROS
+            word = (word * U64(10) + (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
+            word = (word * U64(100) + (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
+            word = (word * U64(10000) + (word >> U64(32))) & U64(0x00000000FFFFFFFF)
+            value += word * TENS[done]
+            done += 8
+        return value, good
+
+    def hexadecimal(self, start: Array, end: Array) -> tuple[Array, Array]:
+        """Hexadecimal numbers of up to 16 digits, with or without 0x, and which rows are such numbers."""
+        start = start + 2 * self.has(b"0x", start)
+        size = end - start
+        good = (size > 0) & (size <= 16)
+        value = np.zeros(start.size, dtype=np.uint64)
+        done = 0
+        longest = min(int(size.max(initial=0)), 16)
+        while done < longest:
+            take = np.clip(size - done, 0, 8)
+            keep = LAST[take]
+            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep)
+            letters = (word >> U64(6)) & LOW
+            digit = (word & U64(0x0F0F0F0F0F0F0F0F)) + letters * U64(9)
+            # only 0-9 and a-f map back to themselves
+            good &= digit + ZEROS + letters * U64(0x27) == word
+            good &= (digit & NIBBLES) == 0
+            good &= ((digit + SIXES) & U64(0x1010101010101010)) >> U64(4) == letters
+            word = digit
+            word = ((word << U64(4)) | (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
+            word = ((word << U64(8)) | (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
+            word = ((word << U64(16)) | (word >> U64(32))) & U64(0x00000000FFFFFFFF)
+            value |= word << U64(4 * done)
+            done += 8
+        return value, good
