@@ -82,7 +82,7 @@ class RecordedVgic(VgicBase):
         q.p_active = q.p_latch
         if q.p_latch == 1:
             q.raised_at = self.now
-        q.p_latch = 0 if q.p_latch != UNKNOWN else UNKNOWN
+        q.p_latch = 0
 
     def deactivated(self, q: Irq) -> None:
         if q.p_active != 0:
