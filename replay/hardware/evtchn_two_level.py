@@ -211,7 +211,7 @@ class TwoLevelDomain:
 
     __slots__ = (
         "bits", "channels", "ends_seen", "handled_seen", "id", "known", "limit", "masked0", "pending0", "ports",
-        "range_reported", "ready", "sees_sends", "slots", "vcpus",
+        "range_reported", "ready", "sees_sends", "sees_upcalls", "slots", "vcpus",
     )  # fmt: skip
 
     def __init__(self, number: int, bits: int, known: bool) -> None:
@@ -227,6 +227,7 @@ class TwoLevelDomain:
         self.pending0: list[Bits] = [Bits(bits, known=known) for _ in range(bits)]
         self.masked0: list[Bits] = [Bits(bits, known=known) for _ in range(bits)]
         self.sees_sends: bool = True  # no pending bit has been found that nobody was seen to set
+        self.sees_upcalls: bool = True
         self.handled_seen: bool = False
         self.ends_seen: bool = False
         self.range_reported: set[int] = set()

@@ -168,6 +168,10 @@ def test_lateeoi_missing() -> None:
     assert [(f.code.name, f.severity) for f in again] == [(code, "error"), ("flow-masked-forever", "error")]
     assert codes(replay([*base, ev(900 * MS, "lateeoi")], policy="lateeoi")) == []
     assert codes(replay(base, policy="edge")) == []
+    inside = [*base, ev(5_000, "lateeoi")]
+    assert codes(replay(inside, policy="lateeoi")) == []
+    known = [*base, ev(20_000, "lateeoi"), ev(29_000, "raise"), *handling(30_000)]
+    assert codes(replay(known, policy="edge")) == [code]  # this irq is one that gets late EOIs
 
 
 def test_spurious_invocation() -> None:
@@ -262,8 +266,8 @@ def test_late_eoi_back_off_doubles() -> None:
     """Threshold 1, then 2^(n-2) jiffies, at most a second (Linux xen_irq_lateeoi_locked)."""
     delays = []
     for n in (1, 2, 3, 4, 20):
-        events = [ev(0, "raise"), *[ev(100_000, "lateeoi", flags=1)] * n]
-        delays.append(replay(events, policy="lateeoi", closed=True, end=100_000).metrics["max_lateeoi_ns"] - 89_900)
+        events = [ev(0, "raise"), *handling(100), *[ev(100_000, "lateeoi", flags=1)] * n]
+        delays.append(replay(events, policy="lateeoi", end=100_000).metrics["max_lateeoi_ns"] - 89_900)
     assert delays == [0, 4 * MS, 8 * MS, 16 * MS, S]
 
 
@@ -335,6 +339,12 @@ def test_move_of_a_dropped_flow_is_a_parameter() -> None:
         for flag in (True, False)
     ]
     assert moves == [2, 1]
+
+
+def test_level_stays_masked_while_disabled() -> None:
+    events = [ev(1_000, "raise"), ev(3_000, "disable"), ev(6_000, "raise"), ev(50_000, "enable")]
+    run = replay(events, policy="level", closed=True)
+    assert (run.metrics["handler_runs"], run.metrics["acked"], codes(run)) == (2, 2, [])
 
 
 def test_an_edge_remembered_while_disabled_is_sent_again() -> None:

@@ -36,4 +36,5 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("evtchn", "sched", "trace")),
     recorded="modern",
+    calibrate=("handled",),
 )

@@ -107,7 +107,7 @@ class FifoMachine(Machine):
         """The guest's record."""
         found = self.domains.get(number)
         if found is None:
-            found = self.domains[number] = FifoDomain(number, self.from_boot)
+            found = self.domains[number] = FifoDomain(number, self.from_boot or self.closed)
         return found
 
     # -- events ----------------------------------------------------------------------------------------------
@@ -299,6 +299,7 @@ class FifoMachine(Machine):
         vcpu.lhead[queue] = following
         if port.pending == 1 and port.masked == 0:
             self.handled += 1
+            self.effects.append((self.now, dom.id << 48 | vcpu.number << 32 | port.number))
             if port.pend_t != NIL:
                 self.max_delivery_ns = max(self.max_delivery_ns, self.now - port.pend_t)
             port.pending = 0

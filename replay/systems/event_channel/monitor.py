@@ -94,7 +94,7 @@ class Monitor:
             low = ready & -ready
             ready ^= low
             channel = dom.ports[word * dom.bits + low.bit_length() - 1]
-            if channel is None or channel.guest_cpu != vcpu.number or vcpu.in_upcall == 1:
+            if channel is None or channel.guest_cpu != vcpu.number or vcpu.in_upcall != 0:
                 continue
             if channel.seen_t == NIL:
                 channel.seen_t = t
@@ -268,7 +268,7 @@ class Monitor:
     def blocked(self, dom: TwoLevelDomain, vcpu: VcpuInfo, t: int) -> None:
         """The vCPU blocks (SCHEDOP_block, HLT)."""
         vcpu.block_gen += 1
-        if vcpu.upcall_pending == 1 and vcpu.upcall_mask == 0:
+        if vcpu.upcall_pending == 1 and vcpu.upcall_mask == 0 and dom.sees_upcalls:
             self.agenda.at(t + self.strand_ns, SOFTWARE, BLOCK, dom.id, vcpu.number, vcpu.block_gen)
 
     def arm_delay(self, dom: TwoLevelDomain, t: int) -> None:

@@ -77,7 +77,9 @@ class TwoLevelRules(Machine):
         """Make domain `number` the present one."""
         found = self.domains.get(number)
         if found is None:
-            found = TwoLevelDomain(number, self.bits, self.from_boot)
+            found = TwoLevelDomain(number, self.bits, self.from_boot or self.closed)
+            found.sees_sends = self.sees("evtchn.send") or self.sees("evtchn.notify")
+            found.sees_upcalls = self.sees("evtchn.upcall")
             self.domains[number] = found
             self.list.append(found)
         self.dom = found
@@ -206,6 +208,7 @@ class TwoLevelRules(Machine):
                 vcpu.dispatched += 1
                 self.handled += 1
                 self.count_delivery(channel)
+                self.effects.append((self.now, dom.id << 48 | vcpu.number << 32 | channel.number))
                 self.monitor.dispatched(dom, vcpu, channel, self.now, NONE)
                 channel.pending = 0
                 dom.settle(channel)
@@ -306,6 +309,8 @@ class TwoLevelRules(Machine):
         (Xen evtchn_bind_vcpu, Linux bind_evtchn_to_cpu)."""
         if not 0 <= vcpu <= MAX_VCPU:
             vcpu = NONE
+        if self.closed and not self.from_boot:  # what-if from the middle: the side not recorded is taken to agree
+            notify = guest = True
         if (notify and channel.notify_vcpu != vcpu) or (guest and channel.guest_cpu != vcpu):
             channel.bound_t = self.now
         if notify:

@@ -29,4 +29,5 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("irqflow", "trace") or k.name == "evtchn.bind"),
     recorded="edge",
+    calibrate=("handler_runs",),
 )

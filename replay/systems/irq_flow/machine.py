@@ -173,7 +173,7 @@ class IrqFlowMachine(IrqFlowRules):
         irq.begin_t = self.now
         irq.consumed = False
         irq.first_run = False
-        irq.raises_known = True
+        irq.raises_known = self.sees("flow.raise")
         irq.quiet_since = INF
         irq.ahead = len(irq.outstanding)
         if irq.outstanding and self.now - irq.outstanding[0] > self.max_latency_ns:
@@ -203,10 +203,16 @@ class IrqFlowMachine(IrqFlowRules):
             self.consumed += irq.ahead
             irq.drop(irq.ahead)
         self.monitor.ended(irq, cpu, self.now, value, self.seq)
-        if self.policy.owes_eoi:
+        if self.owes_lateeoi(irq):
             self.expect_lateeoi(irq, cpu)
         self.monitor.check_masked(irq, self.now)
         self.monitor.settle(irq, self.now, cpu)
+
+    def owes_lateeoi(self, irq: IrqRecord) -> bool:
+        """Whether the driver still owes a late EOI for the run that has just ended: its flow wants one, or this irq
+        was seen to get one, and none came during the run."""
+        wanted = self.policy.owes_eoi or irq.lateeoi_t != NIL
+        return wanted and irq.lateeoi_t < irq.begin_t and self.sees("flow.lateeoi")
 
     # -- lost records, end -------------------------------------------------------------------------------------
 

@@ -257,6 +257,7 @@ class IrqFlowRules(Machine):
         irq.running += 1
         irq.begin_t = self.now
         irq.begin_cpu = cpu
+        self.effects.append((self.now, cpu << 32 | irq.irq))
         if irq.outstanding and self.now - irq.outstanding[0] > self.max_latency_ns:
             self.max_latency_ns = self.now - irq.outstanding[0]
         self.monitor.begun(irq, cpu, self.now, self.seq, True)
@@ -295,6 +296,9 @@ class IrqFlowRules(Machine):
 
     def lateeoi(self, irq: IrqRecord, cpu: int, spurious: bool) -> None:
         """xen_irq_lateeoi: spurious ones beyond the threshold are delayed, 2^(n-2) jiffies up to a second."""
+        if self.closed and irq.eoi_owed != 1:
+            return  # a recorded one whose handler run this policy does not have
+        irq.lateeoi_t = self.now
         irq.eoi_owed = 0
         irq.eoi_gen += 1
         if not spurious:
