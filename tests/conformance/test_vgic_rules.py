@@ -412,6 +412,14 @@ def test_open_lost_irq() -> None:
     assert found(opened([*events, ev(900, "trace.lost", val=100)], end=2_000_000_000)) == []
 
 
+def test_what_first_appears_after_a_loss_is_unknown() -> None:
+    """A complete recording stops being complete at the first loss, also for what it had not named yet."""
+    story = [ev(200, "affinity", obj=40, tgt=1), ev(205, "hyp_entry", vcpu=1)]
+    assert codes(opened(story, end=50_000_000)) == {"vgic-affinity-mismatch"}
+    assert found(opened([ev(100, "trace.lost", val=0), *story], end=50_000_000)) == []
+    assert found(gic(ev(100, "trace.lost", cpu=1, val=0), ev(200, "gic.eoi", cpu=0, obj=40))) == []
+
+
 def test_domains_do_not_share_interrupts_or_vcpus() -> None:
     events = [{**e, "dom": dom} for e in MIGRATE for dom in (1, 2)]
     run = opened([{**LOADED, "dom": 1}, {**LOADED, "dom": 2, "cpu": 3}, *events], from_boot=False)
