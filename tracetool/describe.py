@@ -86,12 +86,10 @@ def _gap_summary(gaps: Sequence[Mapping[str, Any]]) -> str:
 
 def info_document(dataset: Dataset) -> dict[str, Any]:
     """`info --json`."""
-    from replay.coverage import coverage
     from replay.systems import SYSTEMS
-    from tracetool.replaying import blind_share, observations
+    from tracetool.replaying import blind_share, rules_of
 
     m = dataset.manifest
-    seen = observations(dataset)
     return {
         "schema": 1,
         "dataset": str(dataset.path),
@@ -108,7 +106,7 @@ def info_document(dataset: Dataset) -> dict[str, Any]:
         "notes": _note_counts(dataset.notes()),
         "facts": m["facts"],
         "systems": {
-            name: [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in coverage(system, seen)]
+            name: [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in rules_of(dataset, system)]
             for name, system in SYSTEMS.items()
         },
     }

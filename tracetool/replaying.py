@@ -20,7 +20,7 @@ from replay.systems import SYSTEMS
 from tracetool.results import run_record
 from tracetool.store import Dataset
 
-__all__ = ["Choice", "Settings", "blind_share", "checkable", "choose", "observations", "replay_dataset"]
+__all__ = ["Choice", "Settings", "blind_share", "checkable", "choose", "observations", "replay_dataset", "rules_of"]
 
 #: Share by which a what-if run of the recorded policy may miss the recording's numbers.
 CALIBRATION_TOLERANCE: Final = 0.25
@@ -88,10 +88,20 @@ def observations(dataset: Dataset) -> dict[str, Observation]:
     return {k: Observation(o["conf"], o["how"]) for k, o in dataset.manifest.get("observed", {}).items()}
 
 
+def rules_of(dataset: Dataset, system: System) -> list[Coverage]:
+    """Coverage of a system's rules; without a clock frequency those with a threshold in ns are blind too."""
+    rules = coverage(system, observations(dataset))
+    if dataset.manifest.get("clock", {}).get("unit", "ns") == "ns":
+        return rules
+    in_ns = {p.name for p in system.parameters if p.unit == "ns"}
+    timed = {code.name for code in system.codes if in_ns & set(code.thresholds)}
+    reason = "it has a threshold in ns and the clock's frequency is unknown; give --cpu-hz"
+    return [Coverage(c.rule, "blind", reason) if c.rule in timed else c for c in rules]
+
+
 def checkable(dataset: Dataset) -> dict[str, list[Coverage]]:
     """Coverage of every system of which at least one rule can be decided."""
-    seen = observations(dataset)
-    rules = {name: coverage(SYSTEMS[name], seen) for name in SYSTEMS}
+    rules = {name: rules_of(dataset, SYSTEMS[name]) for name in SYSTEMS}
     return {name: r for name, r in rules.items() if any(c.state != "blind" for c in r)}
 
 
@@ -152,7 +162,7 @@ class _Session:
         values = {**facts.get(f"{system.name}_config", {}), **settings.values.get(system.name, {})}
         self.config = Config(system.parameters, values)
         self.observed = observations(dataset)
-        self.rules = coverage(system, self.observed)
+        self.rules = rules_of(dataset, system)
         self.blind = blind_share(dataset)
         self._verified: Run | None = None
         self._calibrated: Run | None = None
@@ -170,6 +180,9 @@ class _Session:
             if name not in self.system.policies:
                 return None
             run = self.verify() if name == self.system.recorded else self.what_if(name, None)
+        if self.dataset.manifest.get("clock", {}).get("unit") == "ticks":
+            blind = {c.rule for c in self.rules if c.state == "blind"}
+            run.findings = [f for f in run.findings if f.code.name not in blind]
         return run_record(
             run, self.system, self.config, self.rules, locate=self.locate, blind_share=self.blind
         )

@@ -95,8 +95,8 @@ def _runstates(records: Records, lo: int, hi: int) -> Iterator[pl.DataFrame]:
 
 
 def _lost(context: Context) -> pl.DataFrame:
-    """Gaps as markers at their end; a gap without an end lasts to the end of the recording and needs none."""
-    rows = [g for g in context.gaps if g["t1_ns"] is not None]
+    """Gaps as markers at their begin and end; one without an end lasts to the end of the recording."""
+    rows = [g for g in context.gaps if g["t1_ns"] is not None]  # an open one comes after the last record
     frame = pl.DataFrame(
         {
             "seq": [0] * len(rows),
@@ -112,4 +112,6 @@ def _lost(context: Context) -> pl.DataFrame:
             "start": pl.Int64, "lost": pl.Int64,
         },
     )  # fmt: skip
-    return event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
+    ends = event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
+    begins = event(frame, "trace.lost", "gap", t_ns=pl.col("start"), val=pl.col("start"), flags=1, rank=-1)
+    return pl.concat([begins, ends])

@@ -151,21 +151,24 @@ class Binder:
         )  # fmt: skip
 
     def _without_pic(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:
-        """Leave out what the 8259 acknowledged: its INTACK comes right before, with no guest entry between."""
+        """Leave out what the 8259 acknowledged: the first injection after its INTACK, with no guest entry between."""
         acks = self._read(_INTACK, lo, hi)
         entries = self._read("TRC_HVM_VMENTRY", lo, hi)
         if acks is None:
             return frame
         acks = pl.concat([self.acknowledged, acks.select("seq", "cpu")]).sort("seq")
-        self.acknowledged = acks.group_by("cpu", maintain_order=True).last().select("seq", "cpu").sort("seq")
+        injected = frame.group_by("cpu").agg(last=pl.col("seq").max())
+        open_acks = acks.join(injected, on="cpu", how="left").filter(pl.col("seq") > pl.col("last").fill_null(0))
+        self.acknowledged = open_acks.group_by("cpu", maintain_order=True).last().select("seq", "cpu").sort("seq")
         frame = frame.sort("seq").join_asof(
             acks.with_columns(ack=pl.col("seq")), on="seq", by="cpu", strategy="backward", check_sortedness=False
         )
+        first = pl.col("seq") == pl.col("seq").min().over("cpu", "ack")
         if entries is None:
-            return frame.filter(pl.col("ack").is_null())
+            return frame.filter(~(pl.col("ack").is_not_null() & first)).drop("ack")
         entries = entries.select("seq", "cpu", entry=pl.col("seq")).sort("seq")
         frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward", check_sortedness=False)
-        from_pic = pl.col("ack").is_not_null() & (pl.col("entry").is_null() | (pl.col("ack") > pl.col("entry")))
+        from_pic = pl.col("ack").is_not_null() & first & (pl.col("entry").is_null() | (pl.col("ack") > pl.col("entry")))
         return frame.filter(~from_pic).drop("ack", "entry")
 
     def _eois(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:

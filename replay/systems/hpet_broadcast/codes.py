@@ -27,8 +27,9 @@ __all__ = [
     "WRONG_CPU",
 ]
 
-_IDLE: Final = ("idle.enter", "idle.exit|idle.break")
 _HANDLER: Final = ("hpet.handler.begin|hpet.fire",)
+#: Whether a wake was the broadcast's cannot be told without its handlers.
+_IDLE: Final = ("idle.enter", "idle.exit|idle.break", *_HANDLER)
 
 WRONG_CPU: Final = Code(
     "hpet-wrong-cpu",

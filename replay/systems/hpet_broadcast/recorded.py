@@ -29,6 +29,8 @@ RETARGET: Final = KIND_ID["hpet.retarget"]
 PROGRAM: Final = KIND_ID["hpet.program"]
 LOST: Final = KIND_ID["trace.lost"]
 
+#: Flag of trace.lost.
+GAP_BEGINS: Final = 1
 #: Flag of hpet.retarget: the move was refused.
 REFUSED: Final = 1
 
@@ -103,7 +105,9 @@ class RecordedBroadcast(Machine):
         self.cpus: dict[int, _Cpu] = {}
         self.channels: dict[int, _Channel] = {}
         self.suspects: list[_Suspect] = []
-        self.serial = 0
+        self.handlers_recorded = True
+        self.open_gaps = 0
+        self.gap_end = -1
         self.handlers = 0
         self.own_wakes = 0
         self.remote_wakes = 0
@@ -118,6 +122,7 @@ class RecordedBroadcast(Machine):
     # -- event glue --------------------------------------------------------------------------------------------
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
+        self.handlers_recorded = self.sees("hpet.handler.begin")
         for kind, seq, t, cpu, obj, tgt, val, flags in rows:
             self.advance(t)
             if kind == ENTER:
@@ -136,6 +141,7 @@ class RecordedBroadcast(Machine):
             elif kind == PROGRAM:
                 self.channel(obj).owner = tgt if tgt != NONE else cpu
             elif kind == LOST:
+                self.gap(cpu, flags)
                 self.taint(cpu, val, t)
 
     def cpu(self, index: int) -> _Cpu:
@@ -161,7 +167,7 @@ class RecordedBroadcast(Machine):
                     break
         elif action == MISSED:
             p = self.cpus[a]
-            if p.generation == c and p.asleep == 1:
+            if p.generation == c and p.asleep == 1 and self.all_seen_since(p.since):
                 self.missed(p, self.now, NONE)
 
     # -- idle --------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class RecordedBroadcast(Machine):
                     suspect.served.append((p.index, self.now, seq, p.deadline))
         else:
             self.other_wakes += 1
-        if p.asleep == 1 and p.deadline < INF:
+        if p.asleep == 1 and p.deadline < INF and self.all_seen_since(p.since):
             self.woke(p, reason, seq)
         p.asleep = 0
         p.since = self.now
@@ -321,6 +327,8 @@ class RecordedBroadcast(Machine):
     def judge(self, s: _Suspect) -> None:
         """The handler ran on a CPU that was awake: it served sleepers elsewhere, or nobody."""
         p = self.cpus[s.cpu]
+        if not self.all_seen_since(s.awake_since):
+            return
         if p.asleep == UNKNOWN or (p.asleep == 1 and p.since > s.begin):
             return  # on its way into idle: it may have owned the channel already
         label = f"handler of channel {s.channel} begins on cpu {s.cpu}, awake for {s.begin - s.awake_since} ns"
@@ -343,6 +351,18 @@ class RecordedBroadcast(Machine):
         )  # fmt: skip
 
     # -- ignorance ---------------------------------------------------------------------------------------------
+
+    def gap(self, cpu: int, flags: int) -> None:
+        """A stretch of lost records begins or ends: who woke whom cannot be told in it."""
+        if flags & GAP_BEGINS:
+            self.open_gaps += 1
+        else:
+            self.open_gaps = max(0, self.open_gaps - 1)
+            self.gap_end = self.now
+
+    def all_seen_since(self, t: int) -> bool:
+        """U3: whether no record of any CPU is missing from `t` until now, and handlers are recorded at all."""
+        return not self.open_gaps and t > self.gap_end and self.handlers_recorded
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         """U2: the CPU's idle state and stack are unknown, and it may have moved any channel."""
