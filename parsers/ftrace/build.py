@@ -96,7 +96,7 @@ class Builder:
         count = records.row.size
         order = np.argsort(codes, kind="stable")
         text8 = Text(data)
-        payload = self._payload_rows(data, payload_start, records.end, order, text8)
+        payload = self._payload_rows(data, text, payload_start, records.end, order, text8)
         common = self._common(data, records, sources, line, order)
         edges = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)).tolist()
         parts: dict[str, list[pa.Table]] = {}
@@ -129,8 +129,7 @@ class Builder:
     def _names(self, data: Array, text: bytes, records: Records) -> tuple[list[str], Array, Array]:
         """Event names, the name's number for each record, and where its payload starts."""
         rest, end = records.rest, records.end
-        colons = np.append(np.flatnonzero(data == 58), len(data))
-        colon = colons[np.searchsorted(colons, rest)]
+        colon = Text(data).find(58, rest, end)
         size = np.where((colon < end) & (colon - rest <= LONGEST_NAME), colon - rest, 0)
         coded = binary(data, rest, size).dictionary_encode()
         codes = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -206,12 +205,12 @@ class Builder:
         return Records(**fields), codes, start, names, unknown[~belongs].tolist()
 
     @staticmethod
-    def _payload_rows(data: Array, start: Array, end: Array, order: Array, text: Text) -> Rows:
+    def _payload_rows(data: Array, raw: bytes, start: Array, end: Array, order: Array, text: Text) -> Rows:
         """Payloads in `order`; `odd` marks those that hold a backslash, a NUL or anything that is not ASCII."""
         end = np.maximum(end, start)
-        strange = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
-        if not strange.size:
+        if raw.isascii() and b"\\" not in raw and b"\0" not in raw:
             return Rows(text, start[order], end[order])
+        strange = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
         place = np.searchsorted(start, strange, side="right") - 1
         inside = (place >= 0) & (strange < end[np.maximum(place, 0)])
         odd = np.zeros(start.size, dtype=bool)

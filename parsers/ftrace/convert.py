@@ -85,7 +85,10 @@ def bitmask(values: pa.Array) -> pa.Array:
     """`00000000,00000003` (32-bit words, highest first) as a list of 64-bit words, lowest first."""
 
     def words(text: str) -> list[int]:
-        number, size = int(text.replace(",", "") or "0", 16), (len(text.split(",")) + 1) // 2
+        digits = text.replace(",", "")
+        if not re.fullmatch(r"[0-9a-f]{1,4096}", digits):
+            return []
+        number, size = int(digits, 16), (len(text.split(",")) + 1) // 2
         return [number >> 64 * i & (1 << 64) - 1 for i in range(size)]
 
     coded = values.dictionary_encode()

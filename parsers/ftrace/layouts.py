@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parsers.ftrace.arrays import Array
+from parsers.ftrace.swar import Text
 
 __all__ = ["LAYOUTS", "Fast", "Layout", "Lines", "detect", "fixed_columns"]
 
@@ -126,21 +127,6 @@ class Lines:
     rest: Array  # start of what follows "time: "
 
 
-def _digits(data: Array, start: Array, width: int) -> tuple[Array, Array]:
-    """A left-aligned number of up to `width` digits followed by blanks: (value, well formed)."""
-    value = np.zeros(start.size, dtype=np.int64)
-    open_ = np.ones(start.size, dtype=bool)
-    good = np.ones(start.size, dtype=bool)
-    for k in range(width):
-        digit = data[start + k] - np.uint8(48)
-        number = digit < 10
-        open_ &= number
-        good &= number | (data[start + k] == 32)
-        good &= ~(number & ~open_)
-        value = np.where(open_, value * 10 + digit, value)
-    return value, good & (data[start] != 32)
-
-
 def fixed_columns(data: Array, starts: Array, ends: Array, fast: Fast) -> tuple[Lines, Array]:
     """Records among the lines [starts, ends) that obey `fast`; the second array marks those lines."""
     bracket = fast.bracket
@@ -153,41 +139,26 @@ def fixed_columns(data: Array, starts: Array, ends: Array, fast: Fast) -> tuple[
         good &= (data[begin + bracket + 5] == 32) & (data[begin + after - 1] == 32)
         good &= data[begin + bracket + 6] != 32
     rows, begin = rows[good], begin[good]
-    width = (fast.tgid or bracket) - 17
-    pid, fine = _digits(data, begin + 17, width)
-    cpu = np.zeros(begin.size, dtype=np.int64)
-    for k in (1, 2, 3):
-        digit = data[begin + bracket + k] - np.uint8(48)
-        fine &= digit < 10
-        cpu = cpu * 10 + digit
-    # the colon after the time: its place depends on how many digits the time has
-    colon = np.full(begin.size, -1, dtype=np.int64)
+    text = Text(data)
     limit = ends[rows]
-    for k in range(8, 26):
-        missing = colon < 0
-        if not missing.any():
-            break
-        place = np.minimum(begin + after + k, limit - 1)
-        colon = np.where(missing & (data[place] == 58), place, colon)
-    fine &= (colon >= 0) & (colon + 2 < limit)
-    colon = np.where(fine, colon, begin + after + 12)
-    stamp = np.zeros(begin.size, dtype=np.int64)
-    scale = 1
-    longest = int((colon - begin).max(initial=0)) - after
-    for k in range(1, longest + 1):
-        place = colon - k
-        inside = place >= begin + after
-        letter = data[np.maximum(place, 0)]
-        if fast.dot and k == fast.dot + 1:
-            fine &= letter == 46
-            continue
-        digit = letter - np.uint8(48)
-        number = digit < 10
-        fine &= number | (letter == 32) | ~inside
-        if scale < 10**18:
-            stamp += np.where(number & inside, digit, 0) * np.int64(scale)
-        scale *= 10
-    fine &= data[colon - 1] != 32
+    place = begin + 17
+    stop = text.find(32, place, begin + (fast.tgid or bracket))
+    pid, fine = text.decimal(place, stop)
+    # nothing but blanks between the pid and what follows
+    fine &= (data[begin + (fast.tgid or bracket) - 1] == 32) & (data[place] != 45) & (stop - place <= 9)
+    cpu, valid = text.decimal(begin + bracket + 1, begin + bracket + 4)
+    fine &= valid
+    # the colon after the time: its place depends on how many digits the time has
+    from_ = begin + after
+    colon = text.find(58, from_, np.minimum(limit, from_ + 26))
+    fine &= (colon < limit - 2) & (colon < from_ + 26) & (data[np.minimum(colon + 1, limit)] == 32)
+    whole = colon - fast.dot - 1 if fast.dot else colon
+    stamp, valid = text.padded(from_, whole)
+    fine &= valid
+    if fast.dot:
+        part, valid = text.padded(colon - fast.dot, colon)
+        fine &= valid & (data[whole] == 46) & (data[colon - fast.dot] != 32)
+        stamp = stamp * np.uint64(10**fast.dot) + part
     tgid = np.full(begin.size, -1, dtype=np.int64)
     if fast.tgid:
         shown = data[begin + fast.tgid + 7] - np.uint8(48) < 10
@@ -202,6 +173,15 @@ def fixed_columns(data: Array, starts: Array, ends: Array, fast: Fast) -> tuple[
     flags = begin + bracket + 6 if fast.flags else np.full(begin.size, -1, dtype=np.int64)
     keep = fine
     return (
-        Lines(rows[keep], begin[keep], pid[keep], tgid[keep], cpu[keep], flags[keep], stamp[keep], colon[keep] + 2),
+        Lines(
+            rows[keep],
+            begin[keep],
+            pid[keep].astype(np.int64),
+            tgid[keep],
+            cpu[keep].astype(np.int64),
+            flags[keep],
+            stamp[keep].astype(np.int64),
+            colon[keep] + 2,
+        ),
         marks,
     )

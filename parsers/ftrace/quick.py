@@ -6,6 +6,7 @@ value, odd bytes, words that are not listed) is left to it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from parsers.ftrace.swar import Text
 __all__ = ["Rows", "quick"]
 
 BLANK = 32
+MASK = re.compile(r"[0-9a-f]{1,16}(,[0-9a-f]{1,16})*")
 
 
 @dataclass(slots=True)
@@ -108,7 +110,8 @@ def _value(
     if part.how == "bitmask":
         if kind is None or not pa.types.is_list(kind):
             return {}, every
-        return {name: bitmask(_strings(text, begin, stop))}, every
+        masks = _strings(text, begin, stop)
+        return {name: bitmask(masks)}, each(masks, lambda word: int(bool(MASK.fullmatch(word))))[0] == 1
     if kind is None or kind == pa.string() or pa.types.is_list(kind):
         return {}, np.zeros(begin.size, dtype=bool)
     if part.how == "symbol":

@@ -137,7 +137,7 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
                 group = "(.*?)"
             extra.setdefault(f"{field_name}_sym", pa.string())
         elif " as bitmask" in text:
-            how, group = "bitmask", "([0-9a-f,]+)"
+            how, group = "bitmask", "([0-9a-f]{1,16}(?:,[0-9a-f]{1,16})*)"
         elif " as " in text:
             how, group = "string", "(.*?)"
             extra.setdefault(f"{field_name}_sym", pa.string())

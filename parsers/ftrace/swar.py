@@ -18,6 +18,8 @@ HIGH = U64(0x8080808080808080)
 ZEROS = U64(0x3030303030303030)
 NIBBLES = U64(0xF0F0F0F0F0F0F0F0)
 SIXES = U64(0x0606060606060606)
+NONE = U64(0)
+BLANKS = U64(0x1010101010101010)
 #: Keeps the last n of eight characters (the high bytes of the word).
 LAST = np.array([0, *((0xFFFFFFFFFFFFFFFF << 8 * (8 - n)) & 0xFFFFFFFFFFFFFFFF for n in range(1, 9))], dtype=np.uint64)
 TENS = np.array([10**n for n in range(20)], dtype=np.uint64)
@@ -67,7 +69,12 @@ class Text:
             value = np.where(negative, ~value + U64(1), value)
         return value, good
 
-    def _unsigned(self, start: Array, end: Array) -> tuple[Array, Array]:
+    def padded(self, start: Array, end: Array) -> tuple[Array, Array]:
+        """Unsigned decimal numbers that blanks on the left may pad; the last character must be a digit."""
+        value, good = self._unsigned(start, end, blanks=BLANKS)
+        return value, good & (self.data[np.maximum(end - 1, 0)] != 32)
+
+    def _unsigned(self, start: Array, end: Array, blanks: np.uint64 = NONE) -> tuple[Array, Array]:
         size = end - start
         good = (size > 0) & (size <= 18)
         value = np.zeros(start.size, dtype=np.uint64)
@@ -76,7 +83,8 @@ class Text:
         while done < longest:
             take = np.clip(size - done, 0, 8)
             keep = LAST[take]
-            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep)
+            # this bit turns a blank into "0" and leaves digits as they are
+            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep) | blanks
             good &= ((word & NIBBLES) == ZEROS) & (((word + SIXES) & NIBBLES) == ZEROS)
             word -= ZEROS
             word = (word * U64(10) + (word >> U64(8))) & U64(0x00FF00FF00FF00FF)

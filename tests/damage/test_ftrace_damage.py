@@ -209,3 +209,12 @@ def test_noise_and_truncation(name: str, seed: int, flips: int) -> None:
         return
     events = sum(count for event, count in reader.counts.items() if event != "(continued)")
     assert events >= bytes(data).count(b": ") // 12 - flips
+
+
+def test_damaged_mask_stays_text() -> None:
+    """A CPU mask with a letter that is no digit is not decoded, and stops nothing."""
+    data = line(b"a", b"ipi_raise: target_mask=00000000,00000003 (Function call interrupts)")
+    data += line(b"a", b"ipi_raise: target_mask=000000p0,00000001 (Function call interrupts)")
+    _, _, tables = read(data)
+    assert tables["ipi_raise"]["target_cpus"].to_pylist() == [[3]]
+    assert tables["ftrace_text"]["event"].to_pylist() == ["ipi_raise"]
