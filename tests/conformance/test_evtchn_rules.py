@@ -197,6 +197,9 @@ def test_selector_without_upcall() -> None:
     assert code not in codes(replay([*quiet, *words, *scan(5_000, 0, 130)], end=12_000))
     inside = [*quiet, (600, "evtchn.upcall", {"vcpu": 0}), send(700, 131), *words]
     assert code not in codes(replay(inside, end=12_000))
+    before_exchange = [(600, "evtchn.upcall", {"vcpu": 0}), words[0], (1_500, "evtchn.upcall_end", {"vcpu": 0})]
+    late = [*quiet, *before_exchange, bind(9), send(3_000, 9), (3_100, "guest.bind_cpu", {"obj": 9, "tgt": 2})]
+    assert STRANDED in codes(replay(late))  # the early reading did not shake what is known of sends
 
 
 def test_upcall_without_selector() -> None:
@@ -313,9 +316,17 @@ def test_close_forgets_the_pending_event() -> None:
 
 def test_masked_upcalls_are_delivered_once_when_allowed() -> None:
     off: Event = (0, "evtchn.upcall_mask", {"vcpu": 0})
-    events = [bind(9), off, send(100, 9), send(200, 9), (5_000, "evtchn.upcall_unmask", {"vcpu": 0})]
+    again: Event = (300, "evtchn.upcall_mask", {"vcpu": 0})
+    events = [bind(9), off, send(100, 9), send(200, 9), again, (5_000, "evtchn.upcall_unmask", {"vcpu": 0})]
     m = replay(events, closed=True).metrics
     assert (m["handled"], m["coalesced"], m["max_delivery_ns"], m["notifications"]) == (1, 1, 5_000, 1)
+
+
+def test_upcall_that_arrives_while_masked_does_nothing() -> None:
+    """And is not counted (spec B)."""
+    off: Event = (50, "evtchn.upcall_mask", {"vcpu": 0})
+    m = replay([bind(9), send(0, 9), off, (5_000, "evtchn.upcall_unmask", {"vcpu": 0})], closed=True).metrics
+    assert (m["handled"], m["upcalls"], m["max_delivery_ns"], m["notifications"]) == (1, 1, 5_100, 2)
 
 
 def test_two_domains_do_not_share_ports() -> None:

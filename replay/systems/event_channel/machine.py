@@ -428,8 +428,8 @@ class TwoLevelMachine(TwoLevelRules):
             self.monitor.check(dom, channel, self.now)
 
     def learn_vcpu(self, dom: TwoLevelDomain, vcpu: VcpuInfo, what: int, value: int) -> None:
-        """A vCPU's selector, upcall_pending or upcall_mask. Inside its upcall nobody can tell whether the words were read
-        before or after the scan's exchange."""
+        """A vCPU's selector, upcall_pending or upcall_mask. Inside its upcall nobody can tell whether the words were
+        read before or after the scan's exchange."""
         if vcpu.in_upcall > 0:
             return
         if what == SNAP_SEL:
