@@ -1,24 +1,32 @@
-"""Charts as plain plotly figures: colours are the names of CSS variables, so that both themes draw from one figure."""
+"""The charts of a report as plain plotly figures: the window around an episode, and the whole recording."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tracetool.report.figures import (
+    MARKS,
+    Chart,
+    bars_trace,
+    finding_lanes,
+    finding_traces,
+    gap_bars,
+    gap_trace,
+    layout_of,
+    merge_bars,
+    short,
+    text,
+)
 from tracetool.report.model import Story
 from tracetool.report.overview import Overview
-from tracetool.report.timeline import Window, lane_key
-from tracetool.report.words import Times, clean, number, percent, where
-from tracetool.results import SEVERITIES
+from tracetool.report.timeline import Period, Window, lane_key
+from tracetool.report.words import Times, number, percent, where
 
 __all__ = ["Chart", "overview_chart", "story_chart"]
 
-#: Findings and gaps drawn one by one up to this number; beyond it marks that would coincide become one with a count.
-MARKS: Final = 3000
 #: Rows of the table below a chart.
-TABLE_ROWS: Final = 400
+TABLE_ROWS: Final = 60
 
 _SYMBOL: Final[Mapping[str, str]] = {
     "hpet.fire": "triangle-down", "hpet.program": "line-ns", "hpet.retarget": "diamond", "wake.post": "arrow-up",
@@ -33,148 +41,6 @@ _ROLES: Final = (
     ("service", "--service", 0.44),
     ("handler", "--handler", 0.28),
 )
-
-
-@dataclass(slots=True)
-class Chart:
-    """A figure with its caption and the table that says the same."""
-
-    id: str
-    label: str
-    caption: str
-    height: int
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
-    head: tuple[str, ...] = ()
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    more: int = 0
-    figure_json: str = ""
-
-    def figure(self) -> dict[str, Any]:
-        """What goes to plotly."""
-        return {"data": self.data, "layout": self.layout}
-
-
-def _text(text: object) -> str:
-    """Plotly reads a little HTML in its texts; nothing of a recording may be read so."""
-    return html.escape(clean(text, 300), quote=False)
-
-
-def _bars(
-    name: str, colour: str, width: float, bars: Sequence[tuple[str, float, float, str]], **more: Any
-) -> dict[str, Any]:
-    """Horizontal bars from (lane, start, length, text)."""
-    marker: dict[str, Any] = {"color": colour, "line": {"color": colour, "width": more.pop("line", 0.6)}}
-    if "pattern" in more:
-        marker["pattern"] = more.pop("pattern")
-    return {
-        "type": "bar", "orientation": "h", "name": name, "width": width, "marker": marker,
-        "y": [_text(b[0]) for b in bars], "base": [b[1] for b in bars], "x": [b[2] for b in bars],
-        "hovertext": [_text(b[3]) for b in bars], "hoverinfo": "text", **more,
-    }  # fmt: skip
-
-
-def _gap_bars(gaps: Sequence[tuple[str, float, float, str]]) -> dict[str, Any]:
-    trace = _bars("no records", "--gap-bg", 0.96, gaps, line=1)
-    trace["marker"]["pattern"] = {"shape": "/", "fgcolor": "--gap", "bgcolor": "--gap-bg", "size": 7, "solidity": 0.25}
-    trace["marker"]["line"]["color"] = "--gap"
-    return trace
-
-
-def _layout(lanes: Sequence[str], title: str, low: float, high: float, height: int) -> dict[str, Any]:
-    return {
-        "barmode": "overlay", "height": height, "margin": {"l": 8, "r": 8, "t": 8, "b": 44},
-        "xaxis": {"title": {"text": title, "standoff": 6}, "range": [low, high], "zeroline": False, "automargin": True},
-        "yaxis": {
-            "type": "category", "categoryorder": "array", "categoryarray": [_text(lane) for lane in reversed(lanes)],
-            "range": [-0.6, len(lanes) - 0.4], "automargin": True, "fixedrange": True, "showgrid": False,
-        },
-        "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
-        "hovermode": "closest", "dragmode": "zoom", "bargap": 0,
-    }  # fmt: skip
-
-
-def finding_lanes(finding: Mapping[str, Any], system: str) -> list[str]:
-    """The lanes that a finding is about."""
-    lanes = []
-    if finding.get("vcpu") is not None:
-        dom = finding.get("dom")
-        lanes.append(f"d{'?' if dom is None else dom}v{finding['vcpu']}")
-    elif finding.get("cpu") is not None:
-        lanes.append(f"CPU {finding['cpu']}")
-    if system == "hpet" and finding.get("obj") is not None and str(finding.get("code", "")).startswith("hpet"):
-        lanes.append(f"HPET channel {finding['obj']}")
-    return lanes or [where(finding, system)]
-
-
-def gap_lanes(gap: Mapping[str, Any], lanes: Sequence[str]) -> list[str]:
-    """The lanes of a chart that a gap covers: one CPU and all rows that are not CPUs, or everything."""
-    if gap.get("cpu") is None:
-        return list(lanes)
-    return [lane for lane in lanes if lane == f"CPU {gap['cpu']}" or not lane.startswith("CPU ")]
-
-
-def _gaps(
-    gaps: Sequence[Mapping[str, Any]], lanes: Sequence[str], t0: int, t1: int, origin: int, scale: int, times: Times
-) -> list[tuple[str, float, float, str]]:
-    """Bars of the gaps that touch [t0, t1]; an open end reaches to the edge."""
-    bars = []
-    for gap in gaps:
-        start = gap["t0_ns"] if gap.get("t0_ns") is not None else None
-        end = gap["t1_ns"] if gap.get("t1_ns") is not None else None
-        if start is None and end is None:
-            continue
-        low, high = t0 if start is None else start, t1 if end is None else end
-        if high < t0 or low > t1:
-            continue
-        low, high = max(low, t0), min(high, t1)
-        lost = f", {number(gap['lost'])} records lost" if gap.get("lost") else ""
-        who = "all CPUs" if gap.get("cpu") is None else f"CPU {gap['cpu']}"
-        text = f"{gap.get('reason')} on {who}{lost}: {times.at(start)} to {times.at(end)}"
-        bars += [(lane, (low - origin) / scale, (high - low) / scale, text) for lane in gap_lanes(gap, lanes)]
-    return bars
-
-
-def _marks(
-    findings: Sequence[tuple[str, Mapping[str, Any], str]], origin: int, scale: int, extent: int, times: Times
-) -> list[dict[str, Any]]:
-    """Findings as markers. Above MARKS, those of one severity and lane closer than a pixel become one, counted."""
-    step = max(extent // 2000, 1) if len(findings) > MARKS else 0
-    merged: dict[tuple[str, str, int], tuple[int, int, int, str, str]] = {}
-    for index, (lane, finding, tag) in enumerate(findings):
-        t = finding["t_ns"]
-        key = (finding["severity"], lane, t // step if step else index)
-        old = merged.get(key)
-        merged[key] = (old[0], t, old[2] + 1, old[3], old[4]) if old else (t, t, 1, finding["code"], tag)
-    traces = []
-    # Open shapes: the events underneath stay visible.
-    symbols = {"error": "circle-open", "warn": "square-open", "info": "hexagon-open"}
-    for severity in SEVERITIES:
-        mine = [(lane, v) for (s, lane, _), v in merged.items() if s == severity]
-        if not mine:
-            continue
-        hover = []
-        for _, (low, high, n, code, tag) in mine:
-            many = f"{number(n)} findings, {times.at(low)} to {times.at(high)}" if n > 1 else times.at(low)
-            hover.append(_text(f"{severity}: {code} {tag} at {many}"))
-        traces.append(
-            {
-                "type": "scatter", "mode": "markers",
-                "name": {"warn": "warning", "info": "remark"}.get(severity, severity),
-                "x": [(v[0] - origin) / scale for _, v in mine], "y": [_text(lane) for lane, _ in mine],
-                "hovertext": hover, "hoverinfo": "text",
-                "marker": {
-                    "symbol": symbols[severity], "color": f"--{severity}", "size": 15 if severity == "error" else 12,
-                    "line": {"width": 2, "color": f"--{severity}"},
-                },
-            }
-        )  # fmt: skip
-    return traces
-
-
-def _rnd(value: float) -> float:
-    return float(f"{value:.10g}")
 
 
 def story_chart(
@@ -195,14 +61,13 @@ def story_chart(
         for p in view.periods:
             if p.span.role != role or p.lane not in keep:
                 continue
-            low = view.t0 if p.t0 is None else max(p.t0, view.t0)
-            high = view.t1 if p.t1 is None else min(p.t1, view.t1)
+            low, high = _extent(p, view, gaps)
             length = "end unknown" if p.t1 is None else "" if p.t0 is None else times.span(p.t1 - p.t0)
             bars.append(
                 (
                     p.lane,
-                    _rnd((low - t) / scale),
-                    _rnd(max(high - low, 0) / scale),
+                    short((low - t) / scale),
+                    short(max(high - low, 0) / scale),
                     f"{p.text} ({length})" if length else p.text,
                 )
             )
@@ -210,21 +75,21 @@ def story_chart(
             rows.append((low, (began, p.lane, p.text, length)))
         if bars:
             names = sorted({p.span.name for p in view.periods if p.span.role == role and p.lane in keep})
-            traces.append(_bars(", ".join(names), colour, width, bars))
+            traces.append(bars_trace(", ".join(names), colour, width, bars))
     traces += _moments(view, keep, t, scale, times)
     rows += [
         (m.t, (times.relative(m.t - t), m.lane, m.text, f"offset {m.offset:#x}" if m.offset is not None else ""))
         for m in view.moments
         if m.lane in keep
     ]
-    gap_bars = _gaps(gaps, lanes, view.t0, view.t1, t, scale, times)
-    if gap_bars:
-        traces.append(_gap_bars(gap_bars))
+    gaps_here = gap_bars(gaps, lanes, view.t0, view.t1, t, scale, times)
+    if gaps_here:
+        traces.append(gap_trace(gaps_here))
     inside = [f for f in story.findings if view.t0 <= f["t_ns"] <= view.t1]
     marks = [(lane, f, where(f, story.run["system"])) for f in inside for lane in finding_lanes(f, story.run["system"])]
-    traces += _marks(marks, t, scale, view.t1 - view.t0, times)
+    traces += finding_traces(marks, t, scale, view.t1 - view.t0, times)
     height = 118 + 30 * max(len(lanes), 2)
-    layout = _layout(
+    layout = layout_of(
         lanes, f"{unit} from the finding at {times.at(t)}", (view.t0 - t) / scale, (view.t1 - t) / scale, height
     )
     layout["shapes"] = [
@@ -241,16 +106,31 @@ def story_chart(
         caption += f" {left} lanes that the finding does not touch are left out."
     if story.predicted:
         caption += " The markers are what the model predicts; the bars are what was recorded or given."
-    caption += " Hatched: no records." if gap_bars else " No gap in this stretch."
+    caption += " Hatched: no records." if gaps_here else " No gap in this stretch."
     return Chart(
         f"story-{story.number}", f"Timeline around {story.title}", caption, height, traces, layout,
         ("time", "lane", "event", "length or place"), [r for _, r in near], len(rows) - len(near),
     )  # fmt: skip
 
 
+def _extent(period: Period, view: Window, gaps: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """What is drawn of a period; an end that nobody saw is not beyond the next gap, a beginning not before one."""
+    low = view.t0 if period.t0 is None else max(period.t0, view.t0)
+    high = view.t1 if period.t1 is None else min(period.t1, view.t1)
+    for gap in gaps:
+        if gap.get("cpu") is not None and period.lane.startswith("CPU ") and period.lane != f"CPU {gap['cpu']}":
+            continue
+        start, end = gap.get("t0_ns"), gap.get("t1_ns")
+        if period.t1 is None and start is not None and low <= start < high:
+            high = start
+        if period.t0 is None and end is not None and low < end <= high:
+            low = end
+    return low, high
+
+
 def _nearest(rows: list[tuple[int, tuple[str, ...]]], t: int) -> list[tuple[int, tuple[str, ...]]]:
     """The rows nearest to the finding, in order."""
-    cap = TABLE_ROWS // 4
+    cap = TABLE_ROWS
     if len(rows) <= cap:
         return rows
     middle = next((i for i, r in enumerate(rows) if r[0] > t), len(rows))
@@ -301,8 +181,8 @@ def _points(
 ) -> dict[str, Any]:
     return {
         "type": "scatter", "mode": "markers", "name": name,
-        "x": [_rnd((m.t - t) / scale) for m in mine], "y": [_text(m.lane) for m in mine],
-        "hovertext": [_text(f"{times.relative(m.t - t)}  {m.text}") for m in mine], "hoverinfo": "text",
+        "x": [short((m.t - t) / scale) for m in mine], "y": [text(m.lane) for m in mine],
+        "hovertext": [text(f"{times.relative(m.t - t)}  {m.text}") for m in mine], "hoverinfo": "text",
         "marker": {"symbol": symbol, "color": colour, "size": 5 if colour == "--quiet" else 8,
                    "line": {"width": 1.4, "color": colour}},
     }  # fmt: skip
@@ -334,7 +214,7 @@ def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapp
         share = (track.busy / bin_width).clip(0, 1)
         # A column with any such period shows at least a hair: it must not vanish.
         heights = [round(base - 0.4 + (max(0.04, 0.8 * s) if s > 0 else 0), 3) for s in share]
-        xs = [_rnd((e - view.t0) / scale) for e in view.edges[:-1]]
+        xs = [short((e - view.t0) / scale) for e in view.edges[:-1]]
         traces.append({"type": "scatter", "mode": "lines", "x": [xs[0], xs[-1]], "y": [base - 0.4] * 2,
                        "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"})  # fmt: skip
         traces.append(
@@ -346,19 +226,22 @@ def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapp
             }
         )  # fmt: skip
         legend.add(track.span)
-    bars = _merge_bars(_gaps(gaps, lanes, view.t0, view.t1, view.t0, scale, times), extent / scale / 2000)
+    bars = merge_bars(gap_bars(gaps, lanes, view.t0, view.t1, view.t0, scale, times), extent / scale / 2000)
     if bars:
-        trace = _gap_bars(bars)
+        trace = gap_trace(bars)
         trace["y"] = [order[bar[0]] for bar in bars]
         traces.append(trace)
-    names = {_text(lane): i for lane, i in order.items()}
-    for trace in _marks(marks, view.t0, scale, extent, times):
-        trace["y"] = [names[lane] for lane in trace["y"]]
+    names = {text(lane): i for lane, i in order.items()}
+    for trace in finding_traces(marks, view.t0, scale, extent, times):
+        # Severities lie above each other, so that none hides another.
+        lift = {"error": 0.24, "warning": 0.0}.get(trace["name"], -0.24)
+        trace["y"] = [names[lane] + lift for lane in trace["y"]]
+        trace["marker"]["size"] = 8
         traces.append(trace)
     height = 118 + 26 * max(len(lanes), 2)
-    layout = _layout(lanes, f"{unit} since {times.at(view.t0)}", 0, extent / scale, height)
+    layout = layout_of(lanes, f"{unit} since {times.at(view.t0)}", 0, extent / scale, height)
     layout["yaxis"] = {
-        "tickmode": "array", "tickvals": list(range(len(lanes))), "ticktext": [_text(x) for x in reversed(lanes)],
+        "tickmode": "array", "tickvals": list(range(len(lanes))), "ticktext": [text(x) for x in reversed(lanes)],
         "range": [-0.6, len(lanes) - 0.4], "automargin": True, "fixedrange": True, "showgrid": False, "zeroline": False,
     }  # fmt: skip
     caption = (
@@ -374,20 +257,6 @@ def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapp
         ("lane", "period", "share of time", "number", "longest", "findings"),
         _overview_rows(view, lanes, marks, times),
     )  # fmt: skip
-
-
-def _merge_bars(bars: list[tuple[str, float, float, str]], pixel: float) -> list[tuple[str, float, float, str]]:
-    """Many gaps: neighbours closer than a pixel become one bar that covers them all; none is dropped."""
-    if len(bars) <= MARKS:
-        return bars
-    merged: list[tuple[str, float, float, str]] = []
-    for lane, start, length, text in sorted(bars):
-        if merged and merged[-1][0] == lane and start <= merged[-1][1] + merged[-1][2] + pixel:
-            _, s, n, t = merged[-1]
-            merged[-1] = (lane, s, max(n, start + length - s), t if t.startswith("several") else "several gaps: " + t)
-        else:
-            merged.append((lane, start, length, text))
-    return merged
 
 
 def _overview_rows(

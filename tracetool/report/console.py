@@ -37,7 +37,7 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], *, li
     verdict = model.overall(runs)
     out = [f"{_paint(verdict, verdict)}  {_safe(model.headline(runs, times))}", ""]
     for run in runs:
-        summary = model.run_summary(run)
+        summary = model.run_summary(run, times)
         found = model.severities(run["findings"])
         counted = ", ".join(_paint(count({s: n}), s) for s, n in found.items()) or "no findings"
         blind = (

@@ -14,8 +14,9 @@ from markupsafe import Markup, escape
 
 from tracetool import __version__
 from tracetool.report import model, words
-from tracetool.report.charts import Chart, finding_lanes, overview_chart, story_chart
+from tracetool.report.charts import Chart, overview_chart, story_chart
 from tracetool.report.compare import comparison
+from tracetool.report.figures import finding_lanes
 from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
 from tracetool.report.timeline import Window, meanings, window
@@ -27,10 +28,10 @@ __all__ = ["CHART_BYTES", "STORIES", "render"]
 #: Episodes told in full; the others get a line in a table. Time and size grow with each.
 STORIES: Final = 24
 #: Lines of that table, and occurrences listed for one episode.
-LISTED: Final = 1500
-OCCURRENCES: Final = 100
+LISTED: Final = 700
+OCCURRENCES: Final = 60
 #: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
-CHART_BYTES: Final = 1_000_000
+CHART_BYTES: Final = 700_000
 #: Rows of gaps and notes that are listed.
 ROWS: Final = 300
 #: Recorded events listed before and after a finding.
@@ -56,10 +57,10 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
     library = plotlyjs()
     context = {
         "inputs": manifest.get("inputs") or [],
-        "title": ", ".join(str(i.get("name", "")) for i in manifest.get("inputs") or ()) or dataset.path.name,
+        "title": model.title_of(manifest, dataset.path.name),
         "verdict": model.overall(runs),
         "headline": model.headline(runs, times),
-        "summaries": [model.run_summary(r) for r in runs],
+        "summaries": [model.run_summary(r, times) for r in runs],
         "titles": {r["system"]: r.get("title", "") for r in runs},
         "facts": _facts(manifest, times),
         "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
@@ -81,7 +82,11 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
         "legend": sorted(figures.kinds.items()),
         "command": command or manifest.get("command", ""),
         "ingest_command": manifest.get("command", ""),
-        "versions": {"tracetool": __version__, "plotly.js": PLOTLYJS_VERSION, "dataset made by": manifest.get("tool")},
+        "versions": {
+            "tracetool": __version__,
+            "plotly.js": PLOTLYJS_VERSION,
+            "dataset made by": model.tool_of(manifest),
+        },
         "suppressed": sum(sum((r.get("suppressed") or {}).values()) for r in runs),
         "times": times,
         "words": words,
@@ -311,9 +316,17 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
     if counts:
         facts.append(("Records", f"{words.number(sum(counts.values()))} of {words.plural(len(counts), 'kind')}"))
     for key, value in (manifest.get("facts") or {}).items():
-        shown = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
-        facts.append((str(key).replace("_", " "), words.number(shown) if not isinstance(shown, str) else shown))
+        facts.append((str(key).replace("_", " "), _plain(value)))
     return facts
+
+
+def _plain(value: object) -> str:
+    """A value of the manifest in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return str(value) if isinstance(value, str) else words.number(value)
 
 
 def ranges(values: Sequence[Any]) -> str:

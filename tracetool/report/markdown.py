@@ -42,9 +42,9 @@ def render(
 ) -> str:
     """Verdict, recording, coverage, stories and metrics. `gaps`: the dataset's, if at hand."""
     times = model.times_of(manifest)
-    out = ["## " + escape(_title(manifest)), "", f"**{escape(model.headline(runs, times))}**", ""]
+    out = ["## " + escape(model.title_of(manifest)), "", f"**{escape(model.headline(runs, times))}**", ""]
     for item in manifest.get("inputs") or ():
-        line = f"{item.get('name', '')} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})"
+        line = f"{model.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})"
         out += [f"* {escape(line)}, sha256 {_code(item.get('sha256') or 'not computed')}"]
     out += [f"* Clock: {escape(model.clock_words(manifest.get('clock') or {}))}"]
     if gaps is not None:
@@ -65,10 +65,6 @@ def render(
         out += _policies(table)
     out += [f"tracetool {__version__}", ""]
     return "\n".join(out).replace("\u202f", " ")
-
-
-def _title(manifest: Mapping[str, Any]) -> str:
-    return ", ".join(str(i.get("name", "")) for i in manifest.get("inputs") or ()) or "tracetool"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from replay.declare import Code
+from replay.generic import CODES as GENERIC
 from replay.systems import SYSTEMS
 from tracetool.report.words import Times, count, number, plural, where
 from tracetool.results import SEVERITIES, fold
 
 __all__ = [
-    "Other", "Rule", "Step", "Story", "clock_words", "code_of", "headline", "nearest_gap", "overall", "primary",
-    "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of",
+    "Other", "Rule", "Step", "Story", "clock_words", "code_of", "headline",
+    "input_name", "nearest_gap", "overall", "primary",
+    "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of", "title_of", "tool_of",
 ]  # fmt: skip
 
 #: Episodes for which the other runs are searched; the search costs time for each.
@@ -96,10 +98,26 @@ def times_of(manifest: Mapping[str, Any]) -> Times:
     return Times("ticks" if unit == "ticks" else "ns")
 
 
+def title_of(manifest: Mapping[str, Any], default: str = "tracetool") -> str:
+    """The recordings' names without their folders."""
+    return ", ".join(filter(None, map(input_name, manifest.get("inputs") or ()))) or default
+
+
+def input_name(item: Mapping[str, Any]) -> str:
+    """An input's name without its folder, which is nobody else's business."""
+    return str(item.get("source") or item.get("name") or "").rstrip("/").rpartition("/")[2]
+
+
+def tool_of(manifest: Mapping[str, Any]) -> str:
+    """Name and version of the tool that made the dataset."""
+    tool = manifest.get("tool")
+    return " ".join(str(v) for v in tool.values()) if isinstance(tool, Mapping) else str(tool or "")
+
+
 def code_of(run: Mapping[str, Any], name: str) -> Code | None:
     """The declaration of a code, or None when this version does not know it."""
     try:
-        codes = SYSTEMS[run["system"]].codes
+        codes = (*SYSTEMS[run["system"]].codes, *GENERIC)
     except (KeyError, ImportError):
         return None
     return next((c for c in codes if c.name == name), None)
@@ -175,7 +193,7 @@ def _inside(sentence: str) -> str:
     return (sentence if own else sentence[:1].lower() + sentence[1:]).rstrip(".").replace("`", "")
 
 
-def run_summary(run: Mapping[str, Any]) -> dict[str, Any]:
+def run_summary(run: Mapping[str, Any], times: Times) -> dict[str, Any]:
     """Numbers of one run for the table of verdicts."""
     states = Counter(r["state"] for r in run["coverage"])
     found = severities(run["findings"])
@@ -184,6 +202,7 @@ def run_summary(run: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": run["verdict"], "error": found.get("error", 0), "warn": found.get("warn", 0),
         "info": found.get("info", 0), "checked": states["checked"], "inferred": states["inferred"],
         "blind": states["blind"], "suppressed": sum((run.get("suppressed") or {}).values()),
+        "worth": reliable(run, -(1 << 62), times, brief=True),
     }  # fmt: skip
 
 
@@ -260,11 +279,11 @@ def reliable(run: Mapping[str, Any], t_ns: int, times: Times, *, brief: bool = F
     """How far a run's word about a moment is evidence; `brief`: the calibration in a word or two."""
     if run["mode"] == "verify":
         return "evidence: what was recorded"
-    calibration = run.get("calibration")
-    label = calibration.get("label", calibration.get("state", "")) if isinstance(calibration, Mapping) else calibration
-    if brief and label:
-        label = str(label).partition(":")[0]
-    tail = f", {label}" if label else ", not calibrated against the recording"
+    label, detail = calibration_words(run.get("calibration"))
+    if label.startswith("un"):
+        # The model does not even reproduce what was recorded: whatever it predicts is worth little.
+        return "not evidence, uncalibrated" + (f": {detail}" if detail and not brief else "")
+    tail = f", {label}" + (f" ({detail})" if detail and not brief else "")
     horizon = run.get("horizon_ns")
     if horizon is None:
         return f"prediction{tail}"
@@ -273,31 +292,51 @@ def reliable(run: Mapping[str, Any], t_ns: int, times: Times, *, brief: bool = F
     return f"prediction only: the recording is evidence until {times.at(horizon)}{tail}"
 
 
-def _others(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]],
-            times: Times) -> list[Other]:  # fmt: skip
-    first = group[0]
-    low, high = first["t_ns"], group[-1]["t_ns"]
-    if first.get("t_first_ns") is not None:
-        low = min(low, first["t_first_ns"])
-    # Half the episode's length (at least 1 ms, or 1 M ticks) around it: a policy shifts moments a little.
-    margin = max((high - low) // 2, 1_000_000)
+def calibration_words(calibration: object) -> tuple[str, str]:
+    """(calibrated, uncalibrated or not calibrated, what was compared) of a what-if run."""
+    if isinstance(calibration, Mapping):
+        pairs = calibration.get("metrics") or {}
+        compared = ", ".join(
+            f"{name.removesuffix('_ns').replace('_', ' ')} recorded {number(a)}, predicted {number(b)}"
+            for name, (a, b) in pairs.items()
+        )
+        return str(calibration.get("state", "not calibrated")), compared or "nothing could be compared"
+    label, _, detail = str(calibration or "not calibrated against the recording").partition(": ")
+    return label, detail
+
+
+def _others(
+    run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], times: Times
+) -> list[Other]:
+    """What each other run of the system says: near the first occurrence, and in the whole stretch of the episode."""
+    first, last = group[0], group[-1]
+    t = first["t_ns"]
+    start = min(t, first["t_first_ns"] if first.get("t_first_ns") is not None else t)
+    # A policy shifts moments a little; half the story's length, but at least 1 ms or 1 M ticks, is still "then".
+    margin = max((t - start) // 2, 1_000_000)
     others = []
     for other in runs:
         if other is run or other["system"] != run["system"]:
             continue
-        near = [f for f in other["findings"] if low - margin <= f["t_ns"] <= high + margin]
-        same = [f for f in near if f["code"] == first["code"] and f.get("obj") == first.get("obj")]
-        rest = Counter(f["code"] for f in near if f not in same)
+        stretch = [f for f in other["findings"] if start - margin <= f["t_ns"] <= last["t_ns"] + margin]
+        same = [f for f in stretch if f["code"] == first["code"] and f.get("obj") == first.get("obj")]
+        same = [f for f in same if f.get("cpu") == first.get("cpu") or first.get("obj") is not None]
+        near = Counter(f["code"] for f in stretch if f["t_ns"] <= t + margin and f not in same)
         state = next((c["state"] for c in other["coverage"] if c["rule"] == first["code"]), "checked")
         if same:
-            says = f"the same: {plural(len(same), 'finding')}, first at {times.at(same[0]['t_ns'])}"
+            says = f"{plural(len(same), 'finding')} of this kind, first at {times.at(same[0]['t_ns'])}"
         elif state == "blind":
             says = "cannot tell: the rule is blind here"
         else:
-            says = f"no {first['code']} here"
-        if rest:
-            says += "; instead " + ", ".join(f"{n} × {c}" if n > 1 else c for c, n in sorted(rest.items()))
-        others.append(Other(other["policy"], other["mode"], says, reliable(other, low, times, brief=True)))
+            says = f"no {first['code']}" + (" in the whole stretch of the episode" if len(group) > 1 else " here")
+        if near:
+            says += "; near it " + ", ".join(f"{n} × {c}" if n > 1 else c for c, n in sorted(near.items()))
+        worth = reliable(other, t, times, brief=True)
+        horizon = other.get("horizon_ns")
+        if worth.startswith("evidence until") and last["t_ns"] > horizon:
+            within = sum(f["t_ns"] <= horizon for f in group)
+            worth += f": {number(within)} of the {number(len(group))} occurrences"
+        others.append(Other(other["policy"], other["mode"], says, worth))
     return others
 
 
@@ -383,6 +422,6 @@ def clock_words(clock: Mapping[str, Any]) -> str:
     if clock.get("origin"):
         parts.append(f"from {clock['origin']}")
     error = clock.get("error_ppm")
-    parts.append(f"uncertainty {error:g} ppm" if isinstance(error, int | float) else "uncertainty not known")
+    parts.append(f"uncertainty {error:.3g} ppm" if isinstance(error, int | float) else "uncertainty not known")
     text = ", ".join(parts)
     return f"{text}. {clock['doc']}" if clock.get("doc") else text

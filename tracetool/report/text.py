@@ -60,7 +60,7 @@ def _recording(
     out = ["Recording"]
     for item in manifest.get("inputs") or ():
         out += _field(
-            "file", f"{item.get('name', '')} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})", width
+            "file", f"{model.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})", width
         )
         out += _field("sha256", item.get("sha256") or "not computed", width)
     span = manifest.get("span") or {}

@@ -189,7 +189,7 @@ def _take(data: Dataset, t: int, low: int, high: int, cap: int) -> tuple[int, in
 
 def window(
     data: Dataset, t: int, low: int, high: int, gaps: Sequence[Mapping[str, Any]],
-    times: Times, *, cap: int = 1200,
+    times: Times, *, cap: int = 900,
 ) -> Window:  # fmt: skip
     """The events around `t` (dataset time): at least from `low` to `high` unless there are more than `cap`."""
     low, high, rows, cut = _take(data, t, low, high, cap)

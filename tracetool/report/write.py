@@ -33,11 +33,11 @@ def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], co
     if suffix == ".txt":
         from tracetool.report import text
 
-        return text.render(runs, dataset.manifest)
+        return text.render(runs, dataset.manifest, gaps=dataset.gaps())
     if suffix == ".md":
         from tracetool.report import markdown
 
-        return markdown.render(runs, dataset.manifest)
+        return markdown.render(runs, dataset.manifest, gaps=dataset.gaps())
     if suffix == ".xml":
         from tracetool.report import junit
 
