@@ -412,6 +412,22 @@ def test_open_lost_irq() -> None:
     assert found(opened([*events, ev(900, "trace.lost", val=100)], end=2_000_000_000)) == []
 
 
+def test_fixed_affinity_second_write_and_evicted_edit() -> None:
+    assert replay(MIGRATE, "patch-v8", phys_follows="fixed").metrics["sgis_kick_old"] == 0
+    twice = [*MIGRATE[:2], ev(2_100, "itargets", obj=40, vcpu=1, tgt=2)]
+    assert replay(twice, "maintenance", vcpus=3).metrics["sgis_edit"] == 1
+    urgent, first = ev(0, "priority", obj=41, val=0x80), ev(0, "phys_irq", obj=40)
+    evicted = [urgent, first, ev(100, "itargets", obj=40, vcpu=0, tgt=1), ev(200, "phys_irq", obj=41),
+               ev(300, "phys_irq", obj=40), ev(400, "phys_irq", obj=40)]  # fmt: skip
+    assert replay(evicted, "maintenance", nr_lrs=1).metrics["coalesced"] == 1  # 40 is still physically active
+
+
+def test_open_edit_is_no_load_and_lr_pending_is_not_recorded() -> None:
+    edit = ev(2_500, "lr_write", vcpu=0, cpu=0, obj=40, tgt=0, val=lr_word(40, PENDING, 0xA0, eoi=True))
+    assert found(opened([LOADED, WRITE, edit, ev(3_000, "ack", vcpu=0, obj=40)])) == []
+    assert found(opened([ev(10, "inject", vcpu=0, obj=40)])) == []
+
+
 def test_what_first_appears_after_a_loss_is_unknown() -> None:
     """A complete recording stops being complete at the first loss, also for what it had not named yet."""
     story = [ev(200, "affinity", obj=40, tgt=1), ev(205, "hyp_entry", vcpu=1)]
