@@ -25,6 +25,15 @@ LAST = np.array([0, *((0xFFFFFFFFFFFFFFFF << 8 * (8 - n)) & 0xFFFFFFFFFFFFFFFF f
 TENS = np.array([10**n for n in range(20)], dtype=np.uint64)
 
 
+def _ones(words: Array) -> Array:
+    """Bits that are set, for words of the form 0…01…1."""
+    if hasattr(np, "bitwise_count"):
+        return np.asarray(np.bitwise_count(words))
+    # numpy before 2: the exponents of the two halves, each exact as a float
+    upper, lower = words >> U64(32), words & U64(0xFFFFFFFF)
+    return np.asarray(np.frexp(upper.astype(np.float64))[1] + np.frexp(lower.astype(np.float64))[1])
+
+
 class Text:
     """Bytes of a batch; they must have 8 spare bytes before the first and after the last position asked for."""
 
@@ -43,22 +52,21 @@ class Text:
 
     def find(self, letter: int, at: Array, end: Array) -> Array:
         """First position of `letter` at or after `at`; `end` where it does not come before that."""
-        place = end.copy()
-        rows, position = np.arange(at.size), at
         pattern = LOW * U64(letter)
+        place = at + self._byte(at, pattern)
+        rows = np.flatnonzero((place == at + 8) & (place < end))
         while rows.size:
-            word = self.words[position] ^ pattern
-            hit = (word - LOW) & ~word & HIGH
-            found = hit != 0
-            if found.any():
-                lowest = hit[found] & (~hit[found] + U64(1))
-                # the bit's number, by way of its exponent: exact for a power of two
-                byte = (np.frexp(lowest.astype(np.float64))[1] - 8) >> 3
-                place[rows[found]] = np.minimum(position[found] + byte, end[rows[found]])
-            following = position + 8
-            left = ~found & (following < end[rows])
-            rows, position = rows[left], following[left]
-        return place
+            position = place[rows]
+            step = self._byte(position, pattern)
+            place[rows] = position + step
+            rows = rows[(step == 8) & (position + 8 < end[rows])]
+        return np.minimum(place, end)
+
+    def _byte(self, at: Array, pattern: np.uint64) -> Array:
+        """Which of the 8 characters at each position is the first to equal the pattern's; 8: none."""
+        word = self.words[at] ^ pattern
+        hit = (word - LOW) & ~word & HIGH
+        return (_ones((hit - U64(1)) & ~hit) >> 3).astype(np.int64)
 
     def decimal(self, start: Array, end: Array) -> tuple[Array, Array]:
         """Signed decimal numbers of up to 18 digits as u64 bit patterns, and which rows are such numbers."""
