@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from replay.declare import Config, System
+from replay.declare import Config, System, UsageError
 from replay.events import rows
 from replay.sink import Finding, Sink
 
@@ -28,6 +29,12 @@ class Run:
     horizon_ns: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     effects: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _where(error: BaseException) -> str:
+    """File and line in which a user's own class failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
 def run_machine(
@@ -51,17 +58,22 @@ def run_machine(
     scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
     """
     sink = Sink(closed=closed)
-    chosen = (policy_class or system.policies[policy])()
-    machine = system.make(chosen, config, sink, sub)
-    machine.from_boot = from_boot
-    machine.observed = observed
-    machine.load(init or {})
-    last = 0
-    for batch in batches:
-        if batch.num_rows:
-            machine.consume(rows(batch, machine.columns))
-            last = batch["t_ns"][-1].as_py()
-    machine.finish(last if t_end is None else t_end)
+    try:
+        chosen = (policy_class or system.policies[policy])()
+        machine = system.make(chosen, config, sink, sub)
+        machine.from_boot = from_boot
+        machine.observed = observed
+        machine.load(init or {})
+        last = 0
+        for batch in batches:
+            if batch.num_rows:
+                machine.consume(rows(batch, machine.columns))
+                last = batch["t_ns"][-1].as_py()
+        machine.finish(last if t_end is None else t_end)
+    except Exception as error:
+        if policy_class is None or isinstance(error, UsageError):
+            raise
+        raise UsageError(f"policy {policy}: {_where(error)}{type(error).__name__}: {error}") from error
     return Run(
         effects=machine.effects,
         system=system.name,

@@ -76,19 +76,29 @@ def parse_scenario(data: Mapping[str, Any]) -> Scenario:
     )
 
 
-def run_scenario(scenario: Scenario, policy: str, *, overrides: Mapping[str, Any] | None = None) -> Run:
-    """Run a scenario under a policy (its name or role). `overrides` go over the scenario's own config."""
+def run_scenario(
+    scenario: Scenario,
+    policy: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    policy_class: type[Any] | None = None,
+) -> Run:
+    """Run a scenario under a policy: its name or role, or a class of one's own called `policy`.
+
+    `overrides` go over the scenario's own config.
+    """
     system = scenario.system
     config = Config(system.parameters, {**scenario.config, **(overrides or {})})
     return run_machine(
         system,
-        system.policy(policy),
+        policy if policy_class else system.policy(policy),
         [scenario.events],
         config=config,
         closed=scenario.closed,
         sub=scenario.sub,
         init=scenario.init,
         t_end=scenario.end,
+        policy_class=policy_class,
     )
 
 

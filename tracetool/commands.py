@@ -174,16 +174,19 @@ def _runs(request: Request) -> tuple[Dataset, list[dict[str, Any]]]:
 def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
     from replay.declare import Config
     from replay.scenario import load_scenario, run_scenario
+    from tracetool.replaying import choose
 
     scenario = load_scenario(request.target)
     system = scenario.system
     overrides = load_values(request.sets, request.config).get(system.name, {})
     config = Config(system.parameters, {**scenario.config, **overrides})
-    names = request.policies or tuple(scenario.policies) or ("current",)
-    runs = [
-        run_record(run_scenario(scenario, name, overrides=overrides), system, config, ())
-        for name in names
-    ]
+    choices = [choose(name) for name in request.policies or tuple(scenario.policies) or ("current",)]
+    runs = []
+    for choice in choices:
+        if choice.system not in (None, system.name):
+            raise UsageError(f"{scenario.id} is of system {system.name}, {choice.name} of {choice.system}")
+        run = run_scenario(scenario, choice.name, overrides=overrides, policy_class=choice.cls)
+        runs.append(run_record(run, system, config, ()))
     if json:
         print(contract(runs))
     else:
