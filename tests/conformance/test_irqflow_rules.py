@@ -332,6 +332,13 @@ def test_ipi_takes_the_percpu_flow_under_edge() -> None:
     assert (run.metrics["migrations_refused"], run.metrics["handler_runs"], codes(run)) == (1, 1, [])
 
 
+def test_upcall_of_the_old_cpu_finds_nothing_after_a_rebind() -> None:
+    events = [ev(0, "raise"), ev(50, "set_affinity", tgt=1)]
+    run = replay(events, policy="lateeoi", closed=True, lateeoi_ns=2_000, end=MS)
+    assert (run.metrics["spurious_upcalls"], run.metrics["handler_runs"]) == (1, 1)
+    assert run.effects == [(150, 1 << 32 | 5)]
+
+
 def test_move_of_a_dropped_flow_is_a_parameter() -> None:
     events = [ev(0, "set_affinity", tgt=1), ev(1_000, "raise"), ev(5_000, "set_affinity", tgt=2), ev(6_000, "raise")]
     moves = [

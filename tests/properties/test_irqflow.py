@@ -186,13 +186,15 @@ CHECKS = [
 
 @pytest.mark.parametrize(("check", "strategies"), CHECKS)
 def test_property(check: Any, strategies: Any) -> None:
-    settings(max_examples=50, deadline=None)(given(*strategies)(check))()
+    bind_arguments: Any = given(*strategies)
+    settings(max_examples=50, deadline=None)(bind_arguments(check))()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("check", "strategies"), CHECKS)
 def test_property_slow(check: Any, strategies: Any) -> None:
-    settings(max_examples=1000, deadline=None)(given(*strategies)(check))()
+    bind_arguments: Any = given(*strategies)
+    settings(max_examples=1000, deadline=None)(bind_arguments(check))()
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
