@@ -222,9 +222,12 @@ SEED_LOAD = Load(
 
 @QUICK
 @example(SEED_LOAD)
-@given(loads())
+@given(loads(switch_off=False))
 def test_a_recording_of_a_run_is_judged_like_the_run(load: Load) -> None:
-    """The same monitor over recorded state finds what it found over predicted state (what a recording can show)."""
+    """The same monitor over recorded state finds what it found over predicted state (what a recording can show).
+
+    Without disables: whether one that G3 dropped waits in lr_pending is not recorded, so there the recording is silent.
+    """
     visible = {"vgic-delivered-old-target", "vgic-queued-stranded", "vgic-duplicate-lr", "vgic-migration-refused"}
     for policy in EVERY:
         _, closed, recording = run(load, policy)
