@@ -116,6 +116,8 @@ class Builder:
                 if name[0] != "(":
                     self._as_text[name] += rest.size
                 parts.setdefault(TEXT.name, []).append(self._text(name, shared, group, rest))
+        for cpu in np.unique(records.cpu).tolist():
+            self._last_seq[cpu] = self._seq + int(np.flatnonzero(records.cpu == cpu)[-1])
         self._seq += count
         return {name: self._joined(tables) for name, tables in parts.items()}, strays
 
@@ -337,5 +339,6 @@ class Builder:
             lines = [text[int(starts[row]) : int(ends[row])] for row in rows[low:high].tolist()]
             callers.append([escape(line.partition(b"=>")[2].strip()) for line in lines])
             same = np.flatnonzero(records.cpu[:record] == records.cpu[record])
-            belonging.append(self._seq + int(same[-1]) if same.size else None)
+            before = self._last_seq.get(int(records.cpu[record]))
+            belonging.append(self._seq + int(same[-1]) if same.size else before)
         return [pa.array(callers, pa.list_(pa.string())), pa.array(belonging, pa.uint64())]

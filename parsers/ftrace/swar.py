@@ -60,13 +60,13 @@ class Text:
             step = self._byte(position, pattern)
             place[rows] = position + step
             rows = rows[(step == 8) & (position + 8 < end[rows])]
-        return np.minimum(place, end)
+        return np.asarray(np.minimum(place, end))
 
     def _byte(self, at: Array, pattern: np.uint64) -> Array:
         """Which of the 8 characters at each position is the first to equal the pattern's; 8: none."""
         word = self.words[at] ^ pattern
         hit = (word - LOW) & ~word & HIGH
-        return (_ones((hit - U64(1)) & ~hit) >> 3).astype(np.int64)
+        return np.asarray(_ones((hit - U64(1)) & ~hit) >> 3, dtype=np.int64)
 
     def decimal(self, start: Array, end: Array) -> tuple[Array, Array]:
         """Signed decimal numbers of up to 18 digits as u64 bit patterns, and which rows are such numbers."""

@@ -224,3 +224,15 @@ def test_fast_way_equals_patterns(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert set(fast) == set(slow)
     for event, table in fast.items():
         assert table.to_pydict() == slow[event].to_pydict(), event
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_batches_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches give the same rows as one big one: stacks and markers stay with their records."""
+    data = text_of(SAMPLES / name)
+    _, _, whole = read(data)
+    monkeypatch.setattr("parsers.ftrace.text.BATCH", 9_000)
+    _, many, pieces = read(data)
+    assert len(many) > 5
+    for event, table in whole.items():
+        assert table.to_pydict() == pieces[event].to_pydict()

@@ -147,3 +147,14 @@ def test_tick_clock_needs_a_frequency() -> None:
     stamps, times = tables["cpu_idle"]["tsc"].to_pylist(), in_ns["cpu_idle"]["t_ns"].to_pylist()
     for raw, nanoseconds in zip(stamps, times, strict=True):
         assert nanoseconds == (raw - ticks.clock.tsc0) * 10**9 // 2_596_155_000
+
+
+def test_batches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches give the same rows in the same order as one big one."""
+    data = unpacked(shared_path("recordings/linux-6.1-hpet-msi/plain-load.dat.zst"))
+    _, one, whole = read(data)
+    monkeypatch.setattr("parsers.tracedat.reader.BATCH", 400_000)
+    _, many, pieces = read(data)
+    assert len(one) == 1 and len(many) > 10
+    for event, table in whole.items():
+        assert table.equals(pieces[event]) or table.to_pydict() == pieces[event].to_pydict()
