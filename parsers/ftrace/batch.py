@@ -78,7 +78,7 @@ def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int) -> tuple[int, ...]
     if thread:
         leader, pid = pid, int(thread)
     comm, size = match.start("comm"), len(match["comm"])
-    if pid > 0x7FFFFFFF or leader > 0x7FFFFFFF:
+    if pid > 0x7FFFFFFF or leader > 0x7FFFFFFF or int(match["cpu"]) > 0xFFFF:
         return None
     rest = match.start("rest")
     word = (match.start("flags"), len(flags)) if flags else (-1, 0)
@@ -126,7 +126,7 @@ def classify(
                 sources[row] = line.split(b":", 1)[0]
             continue
         graph = GRAPH.fullmatch(line)
-        if graph is not None:
+        if graph is not None and int(graph["cpu"]) <= 0xFFFF:
             slow.append(_graph(graph, row, begin, end))
             continue
         lost = LOST.match(line)

@@ -116,8 +116,8 @@ class Builder:
                 if name[0] != "(":
                     self._as_text[name] += rest.size
                 parts.setdefault(TEXT.name, []).append(self._text(name, shared, group, rest))
-        for cpu in np.unique(records.cpu).tolist():
-            self._last_seq[cpu] = self._seq + int(np.flatnonzero(records.cpu == cpu)[-1])
+        cpus, last = np.unique(records.cpu[::-1], return_index=True)
+        self._last_seq.update(zip(cpus.tolist(), (self._seq + count - 1 - last).tolist(), strict=True))
         self._seq += count
         return {name: self._joined(tables) for name, tables in parts.items()}, strays
 

@@ -259,8 +259,8 @@ class FtraceTextReader:
             self._gaps.append(Gap("lost-records", cpu, before, after, offset, 0, count))
             self._notes.append(note("ftrace-lost", f"cpu {cpu}: {count or 'some'} records", offset, cpu, count or 1))
         done = records.row < keep
-        for cpu in np.unique(records.cpu[done]).tolist():
-            self._last[cpu] = int(records.stamp[np.flatnonzero(done & (records.cpu == cpu))[-1]])
+        cpus, last = np.unique(records.cpu[done][::-1], return_index=True)
+        self._last.update(zip(cpus.tolist(), records.stamp[done][::-1][last].tolist(), strict=True))
 
     def _stray_lines(self, rows: list[int], starts: Array, ends: Array) -> None:
         """Lines that nothing explains: runs of them become one gap each."""
