@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ __all__ = ["default_scenarios", "run_selftest"]
 
 def default_scenarios() -> Path:
     """The scenarios shipped with the tool, in a checkout or in an installed package."""
-    for base in (Path(__file__).parent / "scenarios", Path(__file__).parent.parent / "samples" / "scenarios"):
+    checkout = Path(__file__).parent.parent / "samples" / "scenarios"
+    for base in (checkout, Path(sys.prefix) / "share" / "tracetool" / "scenarios"):
         if base.is_dir():
             return base
     raise UsageError("the conformance scenarios were not installed; name their folder")
