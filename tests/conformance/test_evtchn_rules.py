@@ -114,6 +114,17 @@ def test_stranded_is_not_raised_while_something_is_unknown() -> None:
     assert STRANDED not in codes(run)
 
 
+def test_stranded_is_not_raised_while_the_mask_bit_is_unknown() -> None:
+    events = [(0, "guest.bind_cpu", {"obj": 65, "tgt": 0}), *scan(0, 0), snap(5_000, SNAP_PENDING, 2, index=1)]
+    assert STRANDED not in codes(replay(events, known=False))
+    assert STRANDED in codes(replay([*events, snap(5_000, SNAP_MASK, 0, index=1)], known=False))
+
+
+def test_stranded_is_not_raised_on_clear_selector_bits_when_sends_are_missing() -> None:
+    """A port is handled that nobody was seen to send to: selector bits may be set unseen too."""
+    assert STRANDED not in codes(replay([bind(9, 1), *scan(10, 1, 9), *SEED], policy="current"))
+
+
 def test_stranded_found_before_a_loss_was_reported_is_tainted() -> None:
     run = replay([*SEED, (30 * US, "trace.lost", {"val": 5 * US})], policy="current")
     stranded = [f for f in run.findings if f.code.name == STRANDED]
