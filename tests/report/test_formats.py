@@ -169,6 +169,23 @@ def test_an_open_gap_covers_the_rest() -> None:
     assert nearest_gap(10**12, 3, gaps, Times()).startswith("inside a gap")
 
 
+def test_others_look_at_the_stretch_of_the_episode(handover: Made) -> None:
+    _, runs = handover
+    late = {**runs[0]["findings"][-1], "code": "hpet-early-wakeup", "t_ns": 10**12}
+    other = {**runs[1], "findings": [*runs[1]["findings"], late], "horizon_ns": 801_000}
+    story = next(s for s in model.stories([runs[0], other], Times()) if s.first["code"] == "hpet-wrong-cpu")
+    assert "near it 2 × hpet-early-wakeup" in story.others[0].says
+    assert story.others[0].evidence.endswith("1 of the 2 occurrences")
+
+
+def test_uncalibrated_is_no_evidence(handover: Made) -> None:
+    _, runs = handover
+    calibration = {"state": "uncalibrated", "tolerance": 0.25, "metrics": {"hpet_irqs": [100, 7]}}
+    other = {**runs[1], "calibration": calibration, "horizon_ns": 10**9}
+    assert model.reliable(other, 0, Times()) == "not evidence, uncalibrated: hpet irqs recorded 100, predicted 7"
+    assert model.stories([runs[0], other], Times())[0].others[0].evidence == "not evidence, uncalibrated"
+
+
 # -- text --------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +311,22 @@ def test_a_gap_in_the_window_is_drawn_over_the_lanes(tmp_path: Path) -> None:
     figure = _figures(html.render(again, runs))["story-1"]
     hatched = next(t for t in figure["data"] if t["name"] == "no records")
     assert set(figure["layout"]["yaxis"]["categoryarray"]) == set(hatched["y"])
+
+
+def test_a_period_without_an_end_stops_at_a_gap(tmp_path: Path) -> None:
+    us = 1000
+    events: list[dict[str, Any]] = [
+        {"t": 0, "kind": "idle.enter", "cpu": 0, "val": 0},
+        *({"t": i * 50 * us, "kind": "idle.enter" if i % 2 else "idle.exit", "cpu": 1, "val": 0} for i in range(1, 40)),
+    ]
+    gap = Gap("lost-records", None, 500 * us, 600 * us, 0, 0, 5)
+    data = build.dataset(tmp_path / "data", events, gaps=[gap])
+    run = build.verify(data)
+    finding = {**build.scattered(0, 10**6, 1), "t_ns": 700 * us, "cpu": 0, "evidence": []}
+    page = html.render(data, [{**run, "findings": [finding], "verdict": "findings"}])
+    idle = next(t for t in _figures(page)["story-1"]["data"] if t["name"] == "idle")
+    ends = [b + w for lane, b, w in zip(idle["y"], idle["base"], idle["x"], strict=True) if lane == "CPU 0"]
+    assert ends == [pytest.approx(500 - 700)]
 
 
 def test_charts_are_valid_figures(handover: Made, busy: Made) -> None:

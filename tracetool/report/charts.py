@@ -49,6 +49,7 @@ def story_chart(
     """The window around one episode, times relative to its first finding."""
     first = story.first
     t = first["t_ns"]
+    gaps = [g for g in gaps if _touches(g, view.t0, view.t1)]
     unit, scale = times.axis(view.t1 - view.t0)
     own = finding_lanes(first, story.run["system"])
     evidence = {s.seq for s in story.steps if s.seq is not None}
@@ -138,18 +139,15 @@ def _nearest(rows: list[tuple[int, tuple[str, ...]]], t: int) -> list[tuple[int,
     return rows[low : low + cap]
 
 
+def _touches(gap: Mapping[str, Any], t0: int, t1: int) -> bool:
+    """Whether a gap reaches into [t0, t1]; an end that is not known is open."""
+    start, end = gap.get("t0_ns"), gap.get("t1_ns")
+    return (start is not None or end is not None) and (start is None or start <= t1) and (end is None or end >= t0)
+
+
 def _gap_cpus(gaps: Sequence[Mapping[str, Any]], view: Window) -> list[str]:
     """CPUs that are in a gap during the window: an empty lane must not look like a quiet CPU."""
-    return sorted(
-        {
-            f"CPU {g['cpu']}"
-            for g in gaps
-            if g.get("cpu") is not None
-            and (g.get("t0_ns") is not None or g.get("t1_ns") is not None)
-            and (g["t0_ns"] is None or g["t0_ns"] <= view.t1)
-            and (g["t1_ns"] is None or g["t1_ns"] >= view.t0)
-        }
-    )[:8]
+    return sorted({f"CPU {g['cpu']}" for g in gaps if g.get("cpu") is not None and _touches(g, view.t0, view.t1)})[:8]
 
 
 def _choose(view: Window, own: Sequence[str], evidence: set[int], cap: int) -> list[str]:

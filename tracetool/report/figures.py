@@ -125,7 +125,7 @@ def finding_traces(
     findings: Sequence[tuple[str, Mapping[str, Any], str]], origin: int, scale: int, extent: int, times: Times
 ) -> list[dict[str, Any]]:
     """Findings as markers. Above MARKS, those of one severity and lane closer than a pixel become one, counted."""
-    step = max(extent // 2000, 1) if len(findings) > MARKS else 0
+    step = max(extent // 1000, 1) if len(findings) > MARKS else 0
     merged: dict[tuple[str, str, int], tuple[int, int, int, str, str]] = {}
     for index, (lane, finding, tag) in enumerate(findings):
         t = finding["t_ns"]

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from tracetool import __version__
 from tracetool.report import model, words
+from tracetool.report.around import Events
 from tracetool.report.charts import Chart, overview_chart, story_chart
 from tracetool.report.compare import comparison
 from tracetool.report.figures import finding_lanes
@@ -28,10 +29,10 @@ __all__ = ["CHART_BYTES", "STORIES", "render"]
 #: Episodes told in full; the others get a line in a table. Time and size grow with each.
 STORIES: Final = 24
 #: Lines of that table, and occurrences listed for one episode.
-LISTED: Final = 700
+LISTED: Final = 250
 OCCURRENCES: Final = 60
 #: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
-CHART_BYTES: Final = 700_000
+CHART_BYTES: Final = 750_000
 #: Rows of gaps and notes that are listed.
 ROWS: Final = 300
 #: Recorded events listed before and after a finding.
@@ -50,9 +51,10 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
     notes = dataset.notes()
     told = model.stories(runs, times, gaps=gaps)
     figures = _Figures()
-    details = [_detail(dataset, story, gaps, times, figures) for story in told[:STORIES]]
     view = overview(dataset, gaps)
     whole = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
+    events = Events(dataset) if view else None
+    details = [_detail(events, story, gaps, times, figures) for story in told[:STORIES]]
     script = _source("report.js")
     library = plotlyjs()
     context = {
@@ -159,7 +161,7 @@ def _prose(text: object) -> Markup:
 
 
 def _detail(
-    dataset: Dataset, story: Story, gaps: Sequence[Mapping[str, Any]], times: words.Times, figures: _Figures
+    events: Events | None, story: Story, gaps: Sequence[Mapping[str, Any]], times: words.Times, figures: _Figures
 ) -> dict[str, Any]:
     """One episode with its window, chart and occurrences."""
     first = story.first
@@ -174,8 +176,8 @@ def _detail(
     margin = max((high - low) // 3, 50_000)
     view: Window | None = None
     chart: Chart | None = None
-    if (dataset.path / "events.parquet").is_file():
-        view = window(dataset, first["t_ns"], low - margin, high + margin, gaps, times)
+    if events is not None:
+        view = window(events, first["t_ns"], low - margin, high + margin, gaps, times)
         chart = story_chart(story, view, gaps, times)
         fits = figures.add(chart)
         if fits is None:

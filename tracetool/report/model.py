@@ -5,6 +5,7 @@ Only the rendering differs between HTML, text, Markdown, JUnit and the terminal;
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ __all__ = [
     "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of", "title_of", "tool_of",
 ]  # fmt: skip
 
-#: Episodes for which the other runs are searched; the search costs time for each.
+#: Episodes for which the other runs and the gaps are searched; the search costs time for each.
 COMPARED: Final = 500
 
 
@@ -306,9 +307,16 @@ def calibration_words(calibration: object) -> tuple[str, str]:
 
 
 def _others(
-    run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]], times: Times
+    run: Mapping[str, Any],
+    group: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+    times: Times,
+    index: dict[int, list[int]],
 ) -> list[Other]:
-    """What each other run of the system says: near the first occurrence, and in the whole stretch of the episode."""
+    """What each other run of the system says: near the first occurrence, and in the whole stretch of the episode.
+
+    `index` keeps the times of each run's findings, which are in order.
+    """
     first, last = group[0], group[-1]
     t = first["t_ns"]
     start = min(t, first["t_first_ns"] if first.get("t_first_ns") is not None else t)
@@ -318,10 +326,13 @@ def _others(
     for other in runs:
         if other is run or other["system"] != run["system"]:
             continue
-        stretch = [f for f in other["findings"] if start - margin <= f["t_ns"] <= last["t_ns"] + margin]
+        at = [f["t_ns"] for f in other["findings"]] if id(other) not in index else index[id(other)]
+        index[id(other)] = at
+        stretch = other["findings"][bisect_left(at, start - margin) : bisect_right(at, last["t_ns"] + margin)]
         same = [f for f in stretch if f["code"] == first["code"] and f.get("obj") == first.get("obj")]
         same = [f for f in same if f.get("cpu") == first.get("cpu") or first.get("obj") is not None]
-        near = Counter(f["code"] for f in stretch if f["t_ns"] <= t + margin and f not in same)
+        told = {id(f) for f in same}
+        near = Counter(f["code"] for f in stretch if f["t_ns"] <= t + margin and id(f) not in told)
         state = next((c["state"] for c in other["coverage"] if c["rule"] == first["code"]), "checked")
         if same:
             says = f"{plural(len(same), 'finding')} of this kind, first at {times.at(same[0]['t_ns'])}"
@@ -365,14 +376,15 @@ def stories(
     chosen = primary(runs) if only_primary else list(runs)
     groups = [(run, group) for run in chosen for group in fold(run["findings"])]
     groups.sort(key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
+    index: dict[int, list[int]] = {}
     result = []
     for number_, (run, group) in enumerate(groups, 1):
         first = group[0]
         result.append(
             Story(
                 number_, run, group, code_of(run, first["code"]), _title(run, group), _steps(group),
-                _others(run, group, runs, times) if number_ <= COMPARED else [],
-                nearest_gap(first["t_ns"], first.get("cpu"), gaps, times),
+                _others(run, group, runs, times, index) if number_ <= COMPARED else [],
+                nearest_gap(first["t_ns"], first.get("cpu"), gaps, times) if number_ <= COMPARED else "",
                 _facts(run, group, times),
             )
         )  # fmt: skip

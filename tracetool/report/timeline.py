@@ -13,15 +13,14 @@ from typing import Any, Final
 import polars as pl
 
 from replay.events import KIND_ID, KINDS
+from tracetool.report.around import Events
 from tracetool.report.words import Times, hexa, noun
-from tracetool.store import Dataset
 
 __all__ = [
-    "COLUMNS", "SPANS", "Moment", "Period", "Window", "describe", "lane_expr", "lane_key", "lane_of", "meanings",
+    "SPANS", "Moment", "Period", "Window", "describe", "lane_expr", "lane_key", "lane_of", "meanings",
     "span_kinds", "window",
 ]  # fmt: skip
 
-COLUMNS: Final = ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf", "origin")
 
 #: Events that belong to an HPET channel's row.
 CHANNEL: Final = frozenset({"hpet.program", "hpet.retarget", "hpet.fire"})
@@ -159,23 +158,15 @@ def describe(row: Mapping[str, Any], times: Times | None = None) -> str:
     return f"{kind} {', '.join(parts)}" if parts else str(kind)
 
 
-def _fetch(data: Dataset, low: int, high: int, limit: int) -> list[dict[str, Any]]:
-    frame = data.events().filter((pl.col("t_ns") >= low) & (pl.col("t_ns") <= high))
-    rows: list[dict[str, Any]] = (
-        frame.select(COLUMNS).with_columns(pl.col("kind").cast(pl.String)).head(limit).collect().to_dicts()
-    )
-    return rows
-
-
-def _take(data: Dataset, t: int, low: int, high: int, cap: int) -> tuple[int, int, list[dict[str, Any]], bool]:
+def _take(events: Events, t: int, low: int, high: int, cap: int) -> tuple[int, int, list[dict[str, Any]], bool]:
     """Rows of [low, high], widened while there are few, narrowed around `t` while there are more than `cap`."""
-    rows = _fetch(data, low, high, cap + 1)
+    rows = events.between(low, high, cap + 1)
     for _ in range(7):
         before = sum(1 for r in rows if r["t_ns"] < t)
         if len(rows) > cap or (before >= 10 and len(rows) >= 24):
             break
         grow = max((high - low) * 2, 200_000)
-        wider = _fetch(data, low - grow, high + grow // 2, cap + 1)
+        wider = events.between(low - grow, high + grow // 2, cap + 1)
         if len(wider) > cap or (len(wider) == len(rows) and grow > 2_000_000_000):
             break
         low, high, rows = low - grow, high + grow // 2, wider
@@ -183,42 +174,44 @@ def _take(data: Dataset, t: int, low: int, high: int, cap: int) -> tuple[int, in
     while len(rows) > cap and high - low > 1:
         cut = True
         low, high = t - (t - low) // 2, t + (high - t) // 2
-        rows = _fetch(data, low, high, cap + 1)
+        rows = events.between(low, high, cap + 1)
     return low, high, rows[:cap], cut
 
 
 def window(
-    data: Dataset, t: int, low: int, high: int, gaps: Sequence[Mapping[str, Any]],
+    events: Events, t: int, low: int, high: int, gaps: Sequence[Mapping[str, Any]],
     times: Times, *, cap: int = 900,
 ) -> Window:  # fmt: skip
     """The events around `t` (dataset time): at least from `low` to `high` unless there are more than `cap`."""
-    low, high, rows, cut = _take(data, t, low, high, cap)
+    low, high, rows, cut = _take(events, t, low, high, cap)
     if rows and not cut:
         # Nothing is gained by empty margins, but the finding itself must stay inside.
         first, last = min(rows[0]["t_ns"], t), max(rows[-1]["t_ns"], t)
         pad = max((last - first) // 40, 1)
         low, high = max(low, first - pad), min(high, last + pad)
-    before = _before(data, low, gaps)
+    before = _before(events, low, gaps)
     periods, moments = _periods([*before, *rows], low, times)
     lanes = sorted({p.lane for p in periods} | {m.lane for m in moments}, key=lane_key)
     return Window(low, high, lanes, periods, moments, cut)
 
 
-def _before(data: Dataset, low: int, gaps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+#: How far before a window a period may have begun (ns or ticks).
+REACH: Final = 10_000_000_000
+
+
+def _before(events: Events, low: int, gaps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The last event of each period kind and lane before the window, unless a gap makes it worthless."""
-    reach = 10_000_000_000
-    frame = (
-        data.events()
-        .filter((pl.col("t_ns") < low) & (pl.col("t_ns") >= low - reach))
-        .select(COLUMNS)
-        .with_columns(pl.col("kind").cast(pl.String))
-        .filter(pl.col("kind").is_in([k for k in span_kinds() if not _nesting(k)]))
+    frame = events.before(low, REACH)
+    if not frame.height:
+        return []
+    last = (
+        frame.filter(pl.col("kind").is_in([k for k in span_kinds() if not _nesting(k)]))
         .with_columns(lane=lane_expr(), span=pl.col("kind").replace_strict(_SPAN_NAME, return_dtype=pl.String))
         .group_by("lane", "span")
         .last()
         .sort("seq")
     )
-    rows = frame.drop("lane", "span").collect().to_dicts()
+    rows = last.drop("lane", "span").to_dicts()
     return [r for r in rows if not _gap_between(gaps, r["cpu"], r["t_ns"], low)]
 
 
