@@ -136,15 +136,108 @@ def report(
     raise typer.Exit(commands.report(request, output, json=json, fail_on=fail_on))
 
 
-@app.command(epilog="Example:  tracetool explain hpet-wrong-cpu")
+@app.command(epilog="Examples:  tracetool explain hpet-wrong-cpu   tracetool explain boot.dataset hpet:current:3")
 def explain(
-    code: Annotated[str, typer.Argument(metavar="CODE", help="A divergence code.")],
+    target: Annotated[str, typer.Argument(metavar="CODE|DATASET|RECORDING", help="A code, or where the finding is.")],
+    finding: Annotated[
+        str | None,
+        typer.Argument(metavar="[FINDING]", help="system:policy:episode, or a code; without it: list all."),
+    ] = None,
+    show_python: Annotated[
+        bool, typer.Option("--show-python", help="Print the polars lines that show the finding's evidence.")
+    ] = False,
+    policy: Policies = None,
+    system: Systems = None,
     json: Json = False,
+    set: Sets = None,
+    config: Config = None,
 ) -> None:
-    """Explain a divergence code: rule, source, probable cause, thresholds."""
-    from tracetool import commands
+    """Explain a code, or tell the story of one finding."""
+    from tracetool import commands, commands_more
 
-    raise typer.Exit(commands.explain(code, json=json))
+    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    raise typer.Exit(commands_more.explain(request, finding, json=json, show_python=show_python))
+
+
+@app.command(epilog="Example:  tracetool query boot.dataset 'SELECT kind, count(*) FROM events GROUP BY kind'")
+def query(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to ask.")],
+    sql: Annotated[
+        str | None, typer.Argument(metavar="[SQL]", help="A query; without it the tables are listed.")
+    ] = None,
+    table: Annotated[str | None, typer.Option("--table", "-t", help="List the columns of this table.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write there instead of stdout.")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="csv, json, parquet or arrow.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", help="Rows at most (stdout: 100; file: all).")] = None,
+    policy: Policies = None,
+    system: Systems = None,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+) -> None:
+    """Ask with SQL: record tables, events, gaps, notes, findings."""
+    from tracetool import commands, commands_more
+
+    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    raise typer.Exit(
+        commands_more.query(request, sql, table=table, output=output, format=format, limit=limit, json=json)
+    )
+
+
+@app.command(epilog="Example:  tracetool export boot.dataset --perfetto -o boot.pftrace")
+def export(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to export.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    perfetto: Annotated[bool, typer.Option("--perfetto", help="As a Perfetto trace (the default).")] = True,
+    start: Annotated[float | None, typer.Option("--from", help="Seconds since the start of the recording.")] = None,
+    end: Annotated[float | None, typer.Option("--to", help="Seconds since the start of the recording.")] = None,
+    policy: Policies = None,
+    system: Systems = None,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+) -> None:
+    """Export as a Perfetto trace: CPUs, vCPUs, interrupts, findings."""
+    from tracetool import commands, commands_more
+
+    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    raise typer.Exit(commands_more.export(request, output, start=start, end=end, json=json))
+
+
+@app.command(epilog="Example:  tracetool shrink boot.dataset hpet:current:3 -o wrong-cpu")
+def shrink(
+    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="Where the finding is.")],
+    finding: Annotated[str, typer.Argument(metavar="FINDING", help="system:policy:episode, or a code.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="NAME: writes NAME.json and test_NAME.py.")],
+    seconds: Annotated[float, typer.Option("--seconds", help="Stop looking for a smaller one after this.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace files that are there already.")] = False,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+) -> None:
+    """Cut a finding down to the few events that show it, with a test."""
+    from tracetool import commands, commands_more
+
+    request = commands.Request(target, (), (), tuple(set or ()), config)
+    raise typer.Exit(commands_more.shrink(request, finding, output, seconds=seconds, force=force, json=json))
+
+
+@app.command(epilog="Example:  tracetool diff before.dataset after.dataset --fail-on warn")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="Before: dataset, recording, or JSON of replay or report.")],
+    two: Annotated[str, typer.Argument(metavar="B", help="After.")],
+    policy: Policies = None,
+    system: Systems = None,
+    json: Json = False,
+    set: Sets = None,
+    config: Config = None,
+    fail_on: FailOn = "error",
+) -> None:
+    """Compare two recordings or runs: findings new and gone, numbers."""
+    from tracetool import commands, commands_more
+
+    request = commands.Request(one, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    raise typer.Exit(commands_more.diff(request, two, json=json, fail_on=fail_on))
 
 
 @app.command(epilog="Example:  tracetool selftest")

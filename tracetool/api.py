@@ -1,0 +1,131 @@
+"""The dataset for Python: `tracetool.open(path)`, then polars frames.
+
+    import polars as pl
+    import tracetool
+
+    trace = tracetool.open("boot.dataset")
+    idle = trace.events("hpet").filter(pl.col("kind") == "idle.enter").collect()
+    print(trace.findings(system="hpet").group_by("code").len())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from replay.declare import UsageError
+from replay.systems import SYSTEMS
+from tracetool.query import ask, columns_of, findings_frame, tables_of
+from tracetool.replaying import Settings, choose, replay_dataset
+from tracetool.store import Dataset
+
+__all__ = ["Trace", "open"]
+
+
+class Trace:
+    """A dataset to ask. Nothing is loaded until a frame is collected; nothing is ever written."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __repr__(self) -> str:
+        return f"<tracetool dataset {str(self.path)!r}: {self.manifest['span']['records']} records>"
+
+    @property
+    def path(self) -> Path:
+        """The dataset's folder."""
+        return self._dataset.path
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What was read, from what, with which clock: the parsed manifest.json."""
+        return self._dataset.manifest
+
+    def tables(self) -> pl.DataFrame:
+        """Every table with `table`, `rows` and `doc`."""
+        return pl.DataFrame(tables_of(self._dataset), schema={"table": pl.String, "rows": pl.Int64, "doc": pl.String})
+
+    def columns(self, table: str) -> pl.DataFrame:
+        """Columns of a table with `column`, `type`, `unit` and `doc`."""
+        schema = dict.fromkeys(("column", "type", "unit", "doc"), pl.String)
+        return pl.DataFrame(columns_of(self._dataset, table), schema=schema)
+
+    def events(self, system: str | None = None) -> pl.LazyFrame:
+        """Canonical events (`replay.events.SCHEMA`), in order; `system`: only the kinds that its model reads."""
+        events = self._dataset.events()
+        if system is None:
+            return events
+        kinds = list(SYSTEMS[_known(system)].kinds)
+        return events.filter(pl.col("kind").cast(pl.String).is_in(kinds))
+
+    def records(self, name: str) -> pl.LazyFrame:
+        """A record table under the recorder's own event name; UsageError when the dataset has none of that name."""
+        if name not in self._dataset.tables():
+            known = ", ".join(sorted(self._dataset.tables())[:8])
+            raise UsageError(f"no record table {name!r}; there are {known}, …: see .tables()")
+        return self._dataset.scan(name)
+
+    def gaps(self) -> pl.DataFrame:
+        """Where records are missing: source, reason, cpu, t0_ns, t1_ns, offset, length, lost, text."""
+        return pl.read_parquet(self.path / "gaps.parquet")
+
+    def notes(self) -> pl.DataFrame:
+        """Oddities that the reader met: source, code, severity, text, offset, cpu, count."""
+        return pl.read_parquet(self.path / "notes.parquet")
+
+    def sql(self, query: str, *, policy: str | Sequence[str] = "current") -> pl.DataFrame:
+        """Any SQL over the tables; `findings` are those of a replay under `policy`."""
+        return ask(self._dataset, query, runs=lambda: self.replay(policy=policy)).frame
+
+    def replay(
+        self,
+        system: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] = "current",
+        *,
+        set: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Replay the dataset; returns one record for each run, as in `report -o x.json`.
+
+        `system`: one or several, None for all that can be checked. `policy`: as `--policy` on the command line.
+        `set`: parameter values by system, for instance `{"hpet": {"slop_ns": 50_000}}`.
+        """
+        systems = (system,) if isinstance(system, str) else tuple(system or ())
+        policies = (policy,) if isinstance(policy, str) else tuple(policy)
+        for name in systems:
+            _known(name)
+        settings = Settings(tuple(choose(p) for p in policies), systems, _checked(set or {}))
+        return replay_dataset(self._dataset, settings)
+
+    def findings(
+        self,
+        system: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] = "current",
+        *,
+        set: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> pl.DataFrame:
+        """Findings of a replay, one row each (`tracetool.query.FINDINGS_SCHEMA`); arguments as for `replay`."""
+        return findings_frame(self.replay(system, policy, set=set))
+
+
+def _known(system: str) -> str:
+    if system not in SYSTEMS:
+        raise UsageError(f"no system {system!r}; there are {', '.join(SYSTEMS)}")
+    return system
+
+
+def _checked(values: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+    for system, given in values.items():
+        declared = {p.name for p in SYSTEMS[_known(system)].parameters}
+        for name in given:
+            if name not in declared:
+                raise UsageError(f"{system} has no parameter {name!r}; it has {', '.join(sorted(declared))}")
+    return values
+
+
+def open(path: str | PathLike[str]) -> Trace:
+    """Open a dataset folder made by `tracetool ingest`; StoreError, in one line, when it is none."""
+    return Trace(Dataset.open(Path(path)))
