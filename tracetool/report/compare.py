@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracetool.report.model import reliable
-from tracetool.report.words import Times, number, percent
+from tracetool.report.words import Times, number
 
 __all__ = ["comparison"]
 
@@ -66,10 +66,14 @@ def _trust(run: Mapping[str, Any], times: Times) -> str:
 
 
 def _change(delta: float, old: float | None) -> str:
+    """A difference: as a share of the first value where that says something. Only a value of 0 is 100 % less."""
     sign = "+" if delta > 0 else "−"
-    if old:
-        return f"{sign}{percent(abs(delta), abs(old))}" if abs(delta) < 10 * abs(old) else f"{sign}{number(abs(delta))}"
-    return f"{sign}{number(abs(delta))}"
+    if not old or abs(delta) >= 10 * abs(old):
+        return f"{sign}{number(abs(delta))}"
+    share = 100 * abs(delta) / abs(old)
+    if delta < 0 and abs(delta) < abs(old):
+        share = min(share, 99.9)
+    return f"{sign}{share:.3g} %"
 
 
 def _metric(name: str, value: object, times: Times) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, Final
 
@@ -50,11 +51,12 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
     gaps = dataset.gaps()
     notes = dataset.notes()
     told = model.stories(runs, times, gaps=gaps)
+    place = partial(_place, len(manifest.get("inputs") or ()) == 1)
     figures = _Figures()
     view = overview(dataset, gaps)
     whole = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
     events = Events(dataset) if view else None
-    details = [_detail(events, story, gaps, times, figures) for story in told[:STORIES]]
+    details = [_detail(events, story, gaps, times, figures, place) for story in told[:STORIES]]
     script = _source("report.js")
     library = plotlyjs()
     context = {
@@ -74,10 +76,10 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
         "notes_more": max(0, len(notes) - ROWS),
         "rules": _by_system(model.rules(runs)),
         "details": details,
-        "rest": [_line(s, times) for s in told[STORIES : STORIES + LISTED]],
+        "rest": [_line(s, times, place) for s in told[STORIES : STORIES + LISTED]],
         "rest_more": max(0, len(told) - STORIES - LISTED),
         "episodes": len(told),
-        "predicted": [_line(s, times) for s in _hypothetical(runs, times)],
+        "predicted": [_line(s, times, place) for s in _hypothetical(runs, times)],
         "overview": whole,
         "tables": comparison(runs, times),
         "configs": _configs(runs),
@@ -100,6 +102,10 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
         "img-src data: blob:; base-uri 'none'; form-action 'none'",
     }
     return _environment().from_string(_source("report.html.j2")).render(context)
+
+
+#: Writes where a record is from its source and offset.
+Place = Callable[[object, int | None], str]
 
 
 class _Figures:
@@ -161,7 +167,12 @@ def _prose(text: object) -> Markup:
 
 
 def _detail(
-    events: Events | None, story: Story, gaps: Sequence[Mapping[str, Any]], times: words.Times, figures: _Figures
+    events: Events | None,
+    story: Story,
+    gaps: Sequence[Mapping[str, Any]],
+    times: words.Times,
+    figures: _Figures,
+    place: Place,
 ) -> dict[str, Any]:
     """One episode with its window, chart and occurrences."""
     first = story.first
@@ -191,21 +202,21 @@ def _detail(
             "observed": f["observed"],
             "val": f.get("val"),
             "confidence": f["confidence"],
-            "place": _place(f.get("source"), f.get("offset")),
+            "place": place(f.get("source"), f.get("offset")),
         }
         for i, f in enumerate(story.findings[:OCCURRENCES])
     ]
     return {
         "story": story,
         "run": model.run_name(story.run),
-        "steps": _told(story, view, times),
+        "steps": _told(story, view, times, place),
         "chart": chart,
         "occurrences": occurrences if len(story.findings) > 1 else [],
         "occurrences_more": max(0, len(story.findings) - OCCURRENCES),
     }
 
 
-def _told(story: Story, view: Window | None, times: words.Times) -> list[dict[str, Any]]:
+def _told(story: Story, view: Window | None, times: words.Times, place: Place) -> list[dict[str, Any]]:
     """The events of a story in order: its evidence, and what was recorded beside it on the same lanes."""
     first = story.first
     t = first["t_ns"]
@@ -225,32 +236,32 @@ def _told(story: Story, view: Window | None, times: words.Times) -> list[dict[st
             "dt": times.relative(s.t_ns - t),
             "text": s.text,
             "origin": "computed" if s.origin == "model" and not story.predicted else s.origin,
-            "place": _place(s.source, s.offset),
+            "place": place(s.source, s.offset),
         }
         for s in steps
     ]
     rows.sort(key=lambda r: (r["t"], r["seq"]))
     here = next((i for i, r in enumerate(rows) if r["t"] > t), len(rows))
     observed = first["observed"] or first["code"]
-    place = _place(first.get("source"), first.get("offset"))
-    rows.insert(here, {"t": t, "seq": 0, "dt": "0", "text": observed, "origin": "finding", "place": place})
+    here_place = place(first.get("source"), first.get("offset"))
+    rows.insert(here, {"t": t, "seq": 0, "dt": "0", "text": observed, "origin": "finding", "place": here_place})
     return rows
 
 
-def _place(source: object, offset: int | None) -> str:
-    """Where in which file."""
+def _place(single: bool, source: object, offset: int | None) -> str:
+    """Where in which file; a single file goes without saying."""
     if offset is None:
         return ""
-    return f"{source} {offset:#x}" if source else f"{offset:#x}"
+    return f"{offset:#x}" if single or not source else f"{source} {offset:#x}"
 
 
-def _line(story: Story, times: words.Times) -> dict[str, Any]:
+def _line(story: Story, times: words.Times, place: Place) -> dict[str, Any]:
     first = story.first
     return {
         "number": story.number, "severity": story.severity, "code": first["code"], "run": model.run_name(story.run),
         "where": words.where(first, story.run["system"]), "t": times.at(first["t_ns"]), "n": len(story.findings),
         "expected": first["expected"], "observed": first["observed"], "confidence": first["confidence"],
-        "place": _place(first.get("source"), first.get("offset")),
+        "place": place(first.get("source"), first.get("offset")),
         "evidence": model.reliable(story.run, first["t_ns"], times, brief=True),
     }  # fmt: skip
 

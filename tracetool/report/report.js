@@ -19,7 +19,7 @@
     return out;
   }
 
-  function themed(figure) {
+  function themed(figure, width) {
     var style = getComputedStyle(root);
     var css = function (name) { return style.getPropertyValue(name).trim(); };
     var f = resolve(figure, style);
@@ -33,6 +33,12 @@
       l[a].gridcolor = css("--grid"); l[a].linecolor = css("--line"); l[a].tickcolor = css("--line");
       l[a].tickfont = { size: 11, color: css("--ink") };
     });
+    // A narrow chart has its legend in one column and less room for the axis title.
+    if (width < 520) {
+      var entries = f.data.filter(function (t) { return t.showlegend !== false; }).length;
+      l.height += Math.max(0, 19 * entries - 30);
+      l.xaxis.title.font = { size: 10 };
+    }
     return f;
   }
 
@@ -41,7 +47,7 @@
 
   function draw(div) {
     var id = div.dataset.figure;
-    var f = themed(figures[id]);
+    var f = themed(figures[id], div.clientWidth);
     var old = drawn[id];
     if (old && div.layout && div.layout.xaxis) f.layout.xaxis.range = div.layout.xaxis.range.slice();
     drawn[id] = true;
