@@ -62,9 +62,12 @@ class _Cpu:
 
 
 class _Channel:
-    """What is known of a channel: where its interrupt is pointed, since when, and the owner if it is recorded."""
+    """What is known of a channel: where its interrupt is pointed, since when, and the owner if it is recorded.
 
-    __slots__ = ("index", "moved_at", "moved_seq", "owner", "target")
+    `named`: the recording names owners, so an `owner` of NONE says that the last one left idle at `released_at` (ns).
+    """
+
+    __slots__ = ("index", "moved_at", "moved_seq", "named", "owner", "released_at", "target")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -72,19 +75,22 @@ class _Channel:
         self.moved_at = 0
         self.moved_seq = NONE
         self.owner = NONE
+        self.named = False
+        self.released_at = 0
 
 
 class _Suspect:
     """A handler on a CPU that was awake: whom did it serve?"""
 
-    __slots__ = ("awake_since", "begin", "channel", "cpu", "seq", "served")
+    __slots__ = ("awake_since", "begin", "channel", "cpu", "owned", "seq", "served")
 
-    def __init__(self, channel: int, cpu: int, begin: int, seq: int, awake_since: int) -> None:
+    def __init__(self, channel: int, cpu: int, begin: int, seq: int, awake_since: int, owned: bool) -> None:
         self.channel = channel
         self.cpu = cpu
         self.begin = begin
         self.seq = seq
         self.awake_since = awake_since
+        self.owned = owned  # the recording names owners, and the channel has none
         self.served: list[tuple[int, int, int, int]] = []  # (cpu, wake ns, seq, deadline)
 
 
@@ -139,6 +145,7 @@ class RecordedBroadcast(Machine):
                 else:
                     self.retarget(self.channel(obj), tgt, cpu, seq)
             elif kind == PROGRAM:
+                self.channel(obj).named = True
                 self.channel(obj).owner = tgt if tgt != NONE else cpu
             elif kind == LOST:
                 self.gap(cpu, flags)
@@ -200,6 +207,10 @@ class RecordedBroadcast(Machine):
         p.since = self.now
         p.deadline = INF
         p.generation += 1
+        for ch in self.channels.values():
+            if ch.owner == p.index:  # A8: hands it over, which is recorded, or releases it
+                ch.owner = NONE
+                ch.released_at = self.now
 
     def woke(self, p: _Cpu, reason: int, seq: int) -> None:
         """Wake against deadline. Another CPU may have moved the deadline meanwhile, so this is never certain."""
@@ -264,6 +275,8 @@ class RecordedBroadcast(Machine):
         ch.target = target
         ch.moved_at = self.now
         ch.moved_seq = seq
+        if ch.named:
+            ch.owner = target
 
     def begin(self, ch: _Channel, p: _Cpu, seq: int) -> None:
         """A6: a channel's handler starts on a CPU."""
@@ -278,13 +291,17 @@ class RecordedBroadcast(Machine):
                 self.wrong_cpu(ch, p.index, ch.owner, seq, certain=True, story=self.target_story(ch))
         elif p.asleep == 0 and self.now - p.since > self.exit_path_ns:
             # Awake CPUs own nothing; whom this handler serves shows in the next moments.
-            self.awake_handlers += 1
-            self.suspects.append(_Suspect(ch.index, p.index, self.now, seq, p.since))
-            self.agenda.at(self.now + self.remote_wake_ns + self.exit_path_ns, SOFTWARE, JUDGE, seq, self.now)
+            self.suspect(ch, p, seq, owned=ch.named and self.now - ch.released_at > self.exit_path_ns)
         elif ch.target not in (NONE, p.index) and self.now - ch.moved_at > self.inflight_ns:
             owner = self.cpus.get(ch.target)
             if owner is not None and owner.asleep == 1 and owner.since >= ch.moved_at - self.exit_path_ns:
                 self.wrong_cpu(ch, p.index, ch.target, seq, certain=False, story=self.target_story(ch))
+
+    def suspect(self, ch: _Channel, p: _Cpu, seq: int, *, owned: bool) -> None:
+        """A handler on a CPU that is awake: judged when everybody whom it wakes has woken."""
+        self.awake_handlers += 1
+        self.suspects.append(_Suspect(ch.index, p.index, self.now, seq, p.since, owned))
+        self.agenda.at(self.now + self.remote_wake_ns + self.exit_path_ns, SOFTWARE, JUDGE, seq, self.now)
 
     def end(self, p: _Cpu, channel: int) -> None:
         """The handler returned."""
@@ -329,11 +346,21 @@ class RecordedBroadcast(Machine):
         p = self.cpus[s.cpu]
         if not self.all_seen_since(s.awake_since):
             return
-        if p.asleep == UNKNOWN or (p.asleep == 1 and p.since > s.begin):
+        entering = self.exit_path_ns if s.owned else self.remote_wake_ns + self.exit_path_ns
+        if p.asleep == UNKNOWN or (p.asleep == 1 and s.begin < p.since <= s.begin + entering):
             return  # on its way into idle: it may have owned the channel already
         label = f"handler of channel {s.channel} begins on cpu {s.cpu}, awake for {s.begin - s.awake_since} ns"
         began = Evidence(s.begin, s.seq, label)
         ch = self.channels[s.channel]
+        if s.owned:
+            if not s.served:
+                self.sink.report(
+                    codes.SPURIOUS_IRQ, s.begin, cpu=s.cpu, obj=s.channel, seq=s.seq,
+                    expected="an armed channel has an owner that sleeps, or somebody to wake",
+                    observed=f"handler on cpu {s.cpu}, awake, and nobody woke",
+                    evidence=(*self.target_story(ch), began),
+                )  # fmt: skip
+            return
         if s.served:
             cpu, woke, seq, _ = s.served[0]
             self.sink.report(
@@ -375,6 +402,7 @@ class RecordedBroadcast(Machine):
         for ch in self.channels.values():
             ch.target = NONE
             ch.owner = NONE
+            ch.named = False
         self.suspects.clear()
 
     def metrics(self) -> dict[str, int]:
