@@ -298,7 +298,7 @@ class TwoLevelRules(Machine):
         channel.type = kind if kind != NIL else NONE
         channel.notify_vcpu = target
         channel.guest_cpu = target
-        channel.bound_t = self.now
+        channel.bound_t = NIL  # nothing was bound before: no selector bit of an earlier vCPU can be meant
         channel.mismatch_gen += 1
         if flags & 1:
             self.send(dom, channel)
