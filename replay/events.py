@@ -165,7 +165,12 @@ KINDS: Final[tuple[Kind, ...]] = (
     # -- context and markers ---------------------------------------------------------------------------------
     Kind("sched.run", "sched", "context", "cpu, dom, vcpu"),
     Kind("sched.stop", "sched", "context", "cpu, dom, vcpu, val=new state"),
-    Kind("trace.lost", "trace", "marker", "cpu (null: all), val=start ns, val2=records lost; flags bit0: the gap begins here, else it ends"),
+    Kind(
+        "trace.lost",
+        "trace",
+        "marker",
+        "cpu (null: all), val=start ns, val2=records lost; flags bit0: the gap begins here, else it ends",
+    ),
     Kind("trace.snapshot", "trace", "marker", "state known from here"),
 )
 

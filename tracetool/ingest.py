@@ -193,7 +193,7 @@ def _manifest(reader: Reader, opened: Opened, options: IngestOptions) -> dict[st
         "command": options.command,
         "inputs": [
             {
-                "name": opened.name,
+                "name": _label(opened),
                 "source": _label(opened),
                 "format": reader.format,
                 "compression": opened.compression,

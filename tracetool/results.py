@@ -51,7 +51,9 @@ def run_record(
     seqs = {f.seq for f in run.findings if f.seq != NONE}
     seqs |= {e.seq for f in run.findings for e in f.evidence if e.seq is not None and e.seq != NONE}
     where = locate(seqs) if locate and seqs else {}
-    findings = [_finding(f, where) for f in sorted(run.findings, key=lambda f: f.t)]
+    # Codes are declared causes first.
+    rank = {code.name: index for index, code in enumerate(system.codes)}
+    findings = [_finding(f, where, rank) for f in sorted(run.findings, key=lambda f: f.t)]
     _episodes(findings)
     return {
         "system": system.name,
@@ -74,7 +76,7 @@ def run_record(
     }
 
 
-def _finding(f: Finding, where: Mapping[int, tuple[str, int]]) -> dict[str, Any]:
+def _finding(f: Finding, where: Mapping[int, tuple[str, int]], rank: Mapping[str, int]) -> dict[str, Any]:
     source, offset = where.get(f.seq, (None, None))
     return {
         "code": f.code.name,
@@ -93,6 +95,7 @@ def _finding(f: Finding, where: Mapping[int, tuple[str, int]]) -> dict[str, Any]
         "source": source,
         "offset": offset,
         "episode": 0,
+        "rank": rank.get(f.code.name, len(rank)),
         "rule": f.code.rule,
         "caused_by": f.cause or None,
         "tags": list(f.tags),
@@ -135,11 +138,14 @@ def worst(runs: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def fold(findings: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Findings grouped into episodes, worst severity first, then by time; for human eyes."""
+    """Findings grouped into episodes: worst severity, surest, root causes before consequences, then by time."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for finding in findings:
         groups.setdefault(finding["episode"], []).append(finding)
-    return sorted(groups.values(), key=lambda g: (SEVERITIES.index(g[0]["severity"]), g[0]["t_ns"]))
+    return sorted(
+        groups.values(),
+        key=lambda g: (SEVERITIES.index(g[0]["severity"]), -g[0]["confidence"], g[0].get("rank", 0), g[0]["t_ns"]),
+    )
 
 
 def contract(runs: Sequence[Mapping[str, Any]]) -> str:

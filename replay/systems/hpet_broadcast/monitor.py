@@ -6,6 +6,7 @@ from replay.events import INF, NONE
 from replay.hardware.lapic import vector_class
 from replay.sink import Evidence, Sink
 from replay.systems.hpet_broadcast import codes
+from replay.words import span
 
 __all__ = ["HpetMonitor"]
 
@@ -78,21 +79,21 @@ class HpetMonitor:
                 return
             self.sink.report(
                 codes.LATE_WAKEUP, t, cpu=cpu, val=lateness, t_first=deadline,
-                expected=f"wake at {deadline} ns", observed=f"{lateness} ns later",
+                expected=f"wake at {deadline} ns", observed=f"{span(lateness)} later",
                 severity="error" if lateness > 10 * self.slop_ns else "",
             )  # fmt: skip
         elif lateness < -self.slop_ns and not unrelated:
             self.early_wakeups += 1
             self.sink.report(
                 codes.EARLY_WAKEUP, t, cpu=cpu, val=lateness,
-                expected=f"sleep until {deadline} ns", observed=f"woken {-lateness} ns before",
+                expected=f"sleep until {deadline} ns", observed=f"woken {span(-lateness)} before",
             )  # fmt: skip
 
     def missed(self, t: int, cpu: int, deadline: int) -> None:
         """Asleep too long after the deadline, or rescued by something unrelated."""
         self.sink.report(
             codes.MISSED_WAKEUP, t, cpu=cpu, val=t - deadline, t_first=deadline,
-            expected=f"wake at {deadline} ns", observed=f"asleep {t - deadline} ns longer",
+            expected=f"wake at {deadline} ns", observed=f"asleep {span(t - deadline)} longer",
         )  # fmt: skip
 
     def still_asleep(self, t_end: int, cpu: int, deadline: int) -> None:

@@ -2,8 +2,8 @@
 
 Stock recorders name no owner and no comparator, so this machine infers: a channel's interrupt is pointed at its owner
 when the channel is attached or handed over; a CPU that is awake owns nothing under the recorded policy; a CPU that
-wakes right after another's handler was served by it. Whatever rests on such an inference has confidence 50 and is
-never more than a warning; with owners in the recording (`hpet.program`) the same rules speak with full severity.
+wakes right after another's handler was served by it. Whatever rests on such an inference has confidence 50 and is one
+step less severe than declared; with owners in the recording (`hpet.program`) the same rules speak with full severity.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Evidence, Sink
 from replay.systems.hpet_broadcast import codes
+from replay.words import span
 
 __all__ = ["RecordedBroadcast"]
 
@@ -82,9 +83,11 @@ class _Channel:
 class _Suspect:
     """A handler on a CPU that was awake: whom did it serve?"""
 
-    __slots__ = ("awake_since", "begin", "channel", "cpu", "owned", "seq", "served")
+    __slots__ = ("awake_since", "begin", "channel", "cpu", "owned", "seq", "served", "story")
 
-    def __init__(self, channel: int, cpu: int, begin: int, seq: int, awake_since: int, owned: bool) -> None:
+    def __init__(
+        self, channel: int, cpu: int, begin: int, seq: int, awake_since: int, owned: bool, story: tuple[Evidence, ...]
+    ) -> None:
         self.channel = channel
         self.cpu = cpu
         self.begin = begin
@@ -92,6 +95,7 @@ class _Suspect:
         self.awake_since = awake_since
         self.owned = owned  # the recording names owners, and the channel has none
         self.served: list[tuple[int, int, int, int]] = []  # (cpu, wake ns, seq, deadline)
+        self.story = story  # where the channel was pointed when the handler began
 
 
 class RecordedBroadcast(Machine):
@@ -222,8 +226,9 @@ class RecordedBroadcast(Machine):
             if by_hpet:
                 self.sink.report(
                     codes.LATE_WAKEUP, self.now, cpu=p.index, val=lateness, t_first=p.deadline, seq=seq,
-                    severity="warn", conf=INFERRED,
-                    expected="wake at the deadline", observed=f"{lateness} ns later", evidence=self.sleep_story(p, seq),
+                    severity="warn" if lateness > 10 * self.slop_ns else "info", conf=INFERRED,
+                    expected="wake at the deadline", observed=f"{span(lateness)} later",
+                    evidence=self.sleep_story(p, seq),
                 )  # fmt: skip
             elif lateness >= self.miss_ns:
                 pass  # reported by the time-out
@@ -233,7 +238,7 @@ class RecordedBroadcast(Machine):
             self.early += 1
             self.sink.report(
                 codes.EARLY_WAKEUP, self.now, cpu=p.index, val=lateness, seq=seq, conf=INFERRED,
-                expected="sleep until the deadline", observed=f"woken {-lateness} ns before",
+                expected="sleep until the deadline", observed=f"woken {span(-lateness)} before",
                 evidence=self.sleep_story(p, seq),
             )  # fmt: skip
 
@@ -242,14 +247,14 @@ class RecordedBroadcast(Machine):
         self.sink.report(
             codes.MISSED_WAKEUP, t, cpu=p.index, val=t - p.deadline, t_first=p.deadline, seq=seq,
             severity="warn", conf=INFERRED,
-            expected="a wake at the deadline", observed=f"asleep {t - p.deadline} ns longer",
+            expected="a wake at the deadline", observed=f"asleep {span(t - p.deadline)} longer",
             evidence=self.sleep_story(p, seq),
         )  # fmt: skip
 
     def sleep_story(self, p: _Cpu, seq: int) -> tuple[Evidence, ...]:
         """When it went to sleep, when it wanted to wake, when it did."""
         return (
-            Evidence(p.since, p.enter_seq, f"cpu {p.index} goes idle, expects to sleep {p.deadline - p.since} ns"),
+            Evidence(p.since, p.enter_seq, f"cpu {p.index} goes idle, expects to sleep {span(p.deadline - p.since)}"),
             Evidence(p.deadline, None, "its deadline"),
             Evidence(self.now, None if seq == NONE else seq, f"cpu {p.index} leaves idle"),
         )
@@ -300,7 +305,7 @@ class RecordedBroadcast(Machine):
     def suspect(self, ch: _Channel, p: _Cpu, seq: int, *, owned: bool) -> None:
         """A handler on a CPU that is awake: judged when everybody whom it wakes has woken."""
         self.awake_handlers += 1
-        self.suspects.append(_Suspect(ch.index, p.index, self.now, seq, p.since, owned))
+        self.suspects.append(_Suspect(ch.index, p.index, self.now, seq, p.since, owned, self.target_story(ch)))
         self.agenda.at(self.now + self.remote_wake_ns + self.exit_path_ns, SOFTWARE, JUDGE, seq, self.now)
 
     def end(self, p: _Cpu, channel: int) -> None:
@@ -349,16 +354,15 @@ class RecordedBroadcast(Machine):
         entering = self.exit_path_ns if s.owned else self.remote_wake_ns + self.exit_path_ns
         if p.asleep == UNKNOWN or (p.asleep == 1 and s.begin < p.since <= s.begin + entering):
             return  # on its way into idle: it may have owned the channel already
-        label = f"handler of channel {s.channel} begins on cpu {s.cpu}, awake for {s.begin - s.awake_since} ns"
+        label = f"handler of channel {s.channel} begins on cpu {s.cpu}, awake for {span(s.begin - s.awake_since)}"
         began = Evidence(s.begin, s.seq, label)
-        ch = self.channels[s.channel]
         if s.owned:
             if not s.served:
                 self.sink.report(
                     codes.SPURIOUS_IRQ, s.begin, cpu=s.cpu, obj=s.channel, seq=s.seq,
                     expected="an armed channel has an owner that sleeps, or somebody to wake",
                     observed=f"handler on cpu {s.cpu}, awake, and nobody woke",
-                    evidence=(*self.target_story(ch), began),
+                    evidence=(*s.story, began),
                 )  # fmt: skip
             return
         if s.served:
@@ -367,14 +371,14 @@ class RecordedBroadcast(Machine):
                 codes.WRONG_CPU, s.begin, cpu=s.cpu, obj=s.channel, val=cpu, seq=s.seq,
                 severity="warn", conf=INFERRED, tags=("inferred",),
                 expected=f"interrupt on cpu {cpu}, which slept on it", observed=f"handler on cpu {s.cpu}, awake",
-                evidence=(*self.target_story(ch), began, Evidence(woke, seq, f"cpu {cpu} leaves idle")),
+                evidence=(*s.story, began, Evidence(woke, seq, f"cpu {cpu} leaves idle")),
             )  # fmt: skip
             return
         self.sink.report(
-            codes.SPURIOUS_IRQ, s.begin, cpu=s.cpu, obj=s.channel, seq=s.seq, severity="warn", conf=INFERRED,
+            codes.SPURIOUS_IRQ, s.begin, cpu=s.cpu, obj=s.channel, seq=s.seq, severity="info", conf=INFERRED,
             tags=("inferred",), expected="an armed channel has an owner that sleeps",
             observed=f"handler on cpu {s.cpu}, awake, and nobody woke",
-            evidence=(*self.target_story(ch), began),
+            evidence=(*s.story, began),
         )  # fmt: skip
 
     # -- ignorance ---------------------------------------------------------------------------------------------
