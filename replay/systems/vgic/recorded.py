@@ -214,7 +214,9 @@ class RecordedVgic(VgicBase):
         lr = self.holder(q, v) if lr < 0 else lr
         if lr >= MAX_LRS:
             return
-        self.executed_on(vcpu, cpu, q, lr)
+        if self.executed_on(vcpu, cpu, q, lr):
+            self.monitor.check(q)  # what was cleared is a register of another vcpu
+            return
         if lr >= 0:
             vcpu.grow(lr)
             old = vcpu.owner[lr]
@@ -254,10 +256,11 @@ class RecordedVgic(VgicBase):
         q.p_latch = UNKNOWN
         q.raised_at = NIL
 
-    def executed_on(self, vcpu: Vcpu, cpu: int, q: Irq, lr: int) -> None:
-        """vgic-lr-foreign-access; where the scheduler is not recorded, the access tells where the vcpu runs."""
+    def executed_on(self, vcpu: Vcpu, cpu: int, q: Irq, lr: int) -> bool:
+        """vgic-lr-foreign-access, True if it is one; where the scheduler is not recorded, the access tells where the
+        vcpu runs."""
         if cpu < 0 or vcpu.running_on == NONE:
-            return
+            return False
         if not self.sees("sched.run") or vcpu.running_on == NOWHERE_KNOWN:
             vcpu.running_on = cpu
             self.current[cpu] = vcpu.id
@@ -267,6 +270,8 @@ class RecordedVgic(VgicBase):
                 q.lr, held = lr, q.lr
                 self.monitor.foreign_access(q, executing, vcpu.id, cpu)
                 q.lr = held
+                return True
+        return False
 
     # -- guest -------------------------------------------------------------------------------------------
 
