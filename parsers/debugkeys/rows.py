@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
-from parsers.qemu.lines import LineBatch, line_batches
+from parsers.lines import LineBatch, line_batches
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Column, Table
 

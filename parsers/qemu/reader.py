@@ -11,8 +11,8 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from parsers.lines import BATCH_BYTES, LineBatch, line_batches
 from parsers.qemu.events import CPU_NAMING, EVENTS, GENERIC, UNPARSED, Event
-from parsers.qemu.lines import BATCH_BYTES, LineBatch, line_batches
 from parsers.qemu.registers import DECODERS, decode
 from parsers.qemu.regtables import REGISTER_TABLES
 from parsers.qemu.threads import ThreadMap

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from parsers.qemu.lines import LineBatch, line_batches
+from parsers.lines import LineBatch, line_batches
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Column, Table
 from parsers.xenalyze.templates import BY_NAME, LABEL_ERRORS, Template
