@@ -12,7 +12,7 @@ from replay.driver import Run
 from replay.events import NIL, NONE
 from replay.sink import Evidence, Finding
 
-__all__ = ["EPISODE_GAP_NS", "SEVERITIES", "contract", "fold", "run_record", "verdict", "worst"]
+__all__ = ["EPISODE_GAP_NS", "SEVERITIES", "contract", "episode_key", "fold", "run_record", "verdict", "worst"]
 
 #: Severities, worst first.
 SEVERITIES: Final = ("error", "warn", "info")
@@ -142,10 +142,13 @@ def fold(findings: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for finding in findings:
         groups.setdefault(finding["episode"], []).append(finding)
-    return sorted(
-        groups.values(),
-        key=lambda g: (SEVERITIES.index(g[0]["severity"]), -g[0]["confidence"], g[0].get("rank", 0), g[0]["t_ns"]),
-    )
+    return sorted(groups.values(), key=episode_key)
+
+
+def episode_key(group: Sequence[Mapping[str, Any]]) -> tuple[int, int, int, int]:
+    """Order of episodes for human eyes: severity, confidence, causes first, time."""
+    first = group[0]
+    return SEVERITIES.index(first["severity"]), -first["confidence"], first.get("rank", 0), first["t_ns"]
 
 
 def contract(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from replay.declare import Code
 from replay.generic import CODES as GENERIC
 from replay.systems import SYSTEMS
 from tracetool.report.words import Times, count, number, plural, where
-from tracetool.results import SEVERITIES, fold
+from tracetool.results import SEVERITIES, episode_key, fold
 
 __all__ = [
     "Other", "Rule", "Step", "Story", "clock_words", "code_of", "headline",
@@ -161,7 +161,7 @@ def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
     found = [(run, group) for run in judged for group in fold(run["findings"])]
     if verdict == "findings":
         worst = [(r, g) for r, g in found if g[0]["severity"] in ("error", "warn")]
-        run, group = min(worst, key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
+        run, group = min(worst, key=lambda x: episode_key(x[1]))
         code = code_of(run, group[0]["code"])
         doc = _inside(code.doc) if code else group[0]["code"]
         counted = severities(f for _, g in worst for f in g)
@@ -372,10 +372,10 @@ def stories(
     gaps: Sequence[Mapping[str, Any]] = (),
     only_primary: bool = True,
 ) -> list[Story]:
-    """Every episode of the runs that were judged, worst first, then by time; `only_primary` False: of all runs."""
+    """Every episode of the runs that were judged, worst first; `only_primary` False: of all runs."""
     chosen = primary(runs) if only_primary else list(runs)
     groups = [(run, group) for run in chosen for group in fold(run["findings"])]
-    groups.sort(key=lambda x: (SEVERITIES.index(x[1][0]["severity"]), x[1][0]["t_ns"]))
+    groups.sort(key=lambda x: episode_key(x[1]))
     index: dict[int, list[int]] = {}
     result = []
     for number_, (run, group) in enumerate(groups, 1):
