@@ -57,7 +57,8 @@ def _root(
 @app.command(epilog="Example:  tracetool ingest boot.xentrace.zst -o boot.dataset")
 def ingest(
     recordings: Annotated[
-        list[str], typer.Argument(metavar="RECORDING...", help="Files, compressed or not; - is stdin.")
+        list[str],
+        typer.Argument(metavar="RECORDING...", help="Files, compressed or not; - is stdin. Several: of one machine."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new dataset.")],
     json: Json = False,
@@ -66,11 +67,15 @@ def ingest(
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a dataset that is there already.")] = False,
+    offset: Annotated[
+        list[str] | None,
+        typer.Option("--offset", help="NAME=TICKS or NAME=12.5ms: add to that recording's stamps when merging."),
+    ] = None,
 ) -> None:
     """Read recordings into a dataset of Arrow tables, losing nothing."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force)
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force, offset or ())
     raise typer.Exit(commands.ingest(recordings, output, options, json=json))
 
 
@@ -240,17 +245,32 @@ def diff(
     raise typer.Exit(commands_more.diff(request, two, json=json, fail_on=fail_on))
 
 
-@app.command(epilog="Example:  tracetool selftest")
+@app.command(epilog="Example:  tracetool recipe evtchn --on linux")
+def recipe(
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="hpet, callback, vgic, irqflow, evtchn, apic or gic.")],
+    on: Annotated[str | None, typer.Option("--on", help="xen, linux, kvm or qemu.")] = None,
+    json: Json = False,
+) -> None:
+    """Print the exact commands that record what a system's rules need."""
+    from tracetool import commands
+
+    raise typer.Exit(commands.recipe(system, on, json=json))
+
+
+@app.command(epilog="Examples:  tracetool selftest   tracetool selftest --all")
 def selftest(
     scenarios: Annotated[
         Path | None, typer.Argument(metavar="[DIR]", help="Scenarios to run (default: those shipped with the tool).")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also hold every rule against the seeded bugs, and print the table.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run the conformance scenarios under every policy they list."""
     from tracetool import commands
 
-    raise typer.Exit(commands.selftest(scenarios, json=json))
+    raise typer.Exit(commands.selftest(scenarios, everything=everything, json=json))
 
 
 def run(arguments: Sequence[str], *, debug: bool = False) -> int:

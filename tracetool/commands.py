@@ -15,13 +15,13 @@ from replay.declare import Code, UsageError
 from replay.generic import CODES as GENERIC_CODES
 from replay.systems import SYSTEMS
 from tracetool import __version__, describe, exits, terminal
-from tracetool.ingest import Ingested, IngestOptions
+from tracetool.ingest import Ingested, IngestOptions, parse_offset
 from tracetool.ingest import ingest as run_ingest
 from tracetool.results import SEVERITIES, contract, run_record, worst
 from tracetool.settings import load_values
 from tracetool.store import Dataset, is_dataset
 
-__all__ = ["Request", "explain", "info", "ingest", "ingest_options", "replay", "report", "selftest"]
+__all__ = ["Request", "explain", "info", "ingest", "ingest_options", "recipe", "replay", "report", "selftest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,12 @@ class Request:
 
 
 def ingest_options(
-    cpu_hz: str | None, xen_version: str | None, format: str | None, hpet_irqs: str | None, force: bool
+    cpu_hz: str | None,
+    xen_version: str | None,
+    format: str | None,
+    hpet_irqs: str | None,
+    force: bool,
+    offsets: Sequence[str] = (),
 ) -> IngestOptions:
     """Checked options; UsageError names the one that is wrong."""
     return IngestOptions(
@@ -50,6 +55,7 @@ def ingest_options(
         hpet_irqs=_numbers(hpet_irqs),
         force=force,
         command="tracetool " + " ".join(sys.argv[1:]),
+        offsets=tuple(parse_offset(text) for text in offsets),
     )
 
 
@@ -249,17 +255,33 @@ def explain(name: str, *, json: bool) -> int:
     return exits.CLEAN
 
 
-def selftest(folder: Path | None, *, json: bool) -> int:
-    """`tracetool selftest`."""
-    from tracetool.selftest import run_selftest
+def recipe(system: str, platform: str | None, *, json: bool) -> int:
+    """`tracetool recipe SYSTEM`."""
+    from tracetool.recipe import recipe_document, recipe_text
+
+    print(jsonlib.dumps(recipe_document(system, platform)) if json else recipe_text(system, platform))
+    return exits.CLEAN
+
+
+def selftest(folder: Path | None, *, everything: bool = False, json: bool) -> int:
+    """`tracetool selftest`; `everything` adds the seeded bugs."""
+    from tracetool.selftest import run_all, run_selftest
 
     results = run_selftest(folder)
     failed = [r for r in results if r["problems"]]
+    seeded = run_all(results) if everything else None
     if json:
-        print(jsonlib.dumps({"schema": 1, "passed": len(results) - len(failed), "failed": failed}))
+        document = {"schema": 1, "passed": len(results) - len(failed), "failed": failed}
+        if seeded is not None:
+            document["seeded"] = seeded
+        print(jsonlib.dumps(document))
     else:
         for result in failed:
             print(f"FAIL {result['scenario']} under {result['policy']}: {'; '.join(result['problems'])}")
         count = len({r["scenario"] for r in results})
         print(f"{len(results) - len(failed)} of {len(results)} policy runs of {count} scenarios as specified")
-    return exits.FINDINGS if failed else exits.CLEAN
+        if seeded is not None:
+            from tracetool.seeded.check import summary_text
+
+            print(summary_text(seeded))
+    return exits.FINDINGS if failed or (seeded is not None and seeded["problems"]) else exits.CLEAN

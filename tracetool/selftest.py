@@ -1,4 +1,4 @@
-"""The conformance suite: every scenario under every policy that it lists."""
+"""The conformance suite: every scenario under every policy that it lists; and every rule against every seeded bug."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from replay.declare import UsageError
 from replay.scenario import load_scenario, mismatches, run_scenario
 
-__all__ = ["default_scenarios", "run_selftest"]
+__all__ = ["default_scenarios", "run_all", "run_selftest"]
 
 
 def default_scenarios() -> Path:
@@ -22,7 +22,7 @@ def default_scenarios() -> Path:
 
 
 def run_selftest(folder: Path | None = None) -> list[dict[str, Any]]:
-    """One entry for each policy run: scenario, policy, problems (empty when it passed)."""
+    """One entry for each policy run: scenario, policy, problems (empty when it passed), the codes it raised."""
     base = folder or default_scenarios()
     paths = sorted(base.glob("*.json"))
     if not paths:
@@ -31,6 +31,15 @@ def run_selftest(folder: Path | None = None) -> list[dict[str, Any]]:
     for path in paths:
         scenario = load_scenario(path)
         for policy, expected in scenario.policies.items():
-            problems = mismatches(run_scenario(scenario, policy), expected)
-            results.append({"scenario": scenario.id, "policy": policy, "problems": problems})
+            run = run_scenario(scenario, policy)
+            problems = mismatches(run, expected)
+            codes = sorted({finding.code.name for finding in run.findings})
+            results.append({"scenario": scenario.id, "policy": policy, "problems": problems, "codes": codes})
     return results
+
+
+def run_all(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The seeded bugs, after a conformance run gave `results`; the shape is that of `seeded.check.check_bugs`."""
+    from tracetool.seeded.check import check_bugs
+
+    return check_bugs(code for result in results for code in result["codes"])

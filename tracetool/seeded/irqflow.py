@@ -94,9 +94,9 @@ class Kernel(World):
     def scan(self, cpu: int) -> None:
         """Handle every port that is ready and bound here."""
         for number, port in self.ports.items():
-            if port.pending and not port.masked and port.bound == cpu:
-                if self.level(number, port, cpu) if self.bad else self.edge(number, port, cpu):
-                    return
+            ready = port.pending and not port.masked and port.bound == cpu
+            if ready and (self.level(number, port, cpu) if self.bad else self.edge(number, port, cpu)):
+                return
         if self.called[cpu]:
             self.called[cpu] = False
             self.call(cpu)

@@ -1,8 +1,8 @@
 """Virtual GICv2 (patch review of 2014): an SPI is retargeted while its list register on the old vcpu is in use.
 
 Simulated are two physical CPUs with one vcpu each, their list registers, a distributor, devices, and a guest that moves
-its interrupts about. `bad` changes the target and the physical affinity and leaves the list register alone; the good one
-has the guest's EOI raise a maintenance interrupt on the old vcpu, which completes the move.
+its interrupts about. `bad` changes the target and the physical affinity and leaves the list register alone; the good
+one has the guest's EOI raise a maintenance interrupt on the old vcpu, which completes the move.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Hypervisor(World):
             if rng.random() < 0.5:  # the device has more soon after
                 self.at(t + rng.randrange(20 * US), self.edge, number)
             if rng.random() < 0.3:  # and the guest moves it in between
-                self.at(t + rng.randrange(1, EOI), self.write_target, number, rng.randrange(VCPUS), rng.randrange(VCPUS))
+                then = t + rng.randrange(1, EOI)
+                self.at(then, self.write_target, number, rng.randrange(VCPUS), rng.randrange(VCPUS))
         for _ in range(MOVES):
             self.at(rng.randrange(END), self.write_target, rng.choice(SPIS), rng.randrange(VCPUS), rng.randrange(VCPUS))
         for v in range(VCPUS):
