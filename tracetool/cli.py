@@ -247,7 +247,7 @@ def diff(
 
 @app.command(epilog="Example:  tracetool recipe evtchn --on linux")
 def recipe(
-    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="hpet, callback, vgic, irqflow, evtchn, apic or gic.")],
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="hpet, callback, vgic, irqflow, evtchn, apic, gic.")],
     on: Annotated[str | None, typer.Option("--on", help="xen, linux, kvm or qemu.")] = None,
     json: Json = False,
 ) -> None:
