@@ -6,7 +6,7 @@ from typing import Final
 
 from replay.declare import Code
 
-__all__ = ["CODES", "UNCALIBRATED"]
+__all__ = ["CODES", "MODEL_EXTRA", "MODEL_MISSING", "UNCALIBRATED"]
 
 UNCALIBRATED: Final = Code(
     "model-uncalibrated",
@@ -26,5 +26,25 @@ LOST_WINDOW: Final = Code(
     "The recorder's buffer was too small or its reader too slow.",
     needs=("trace.lost",),
 )
+MODEL_MISSING: Final = Code(
+    "model-missing-outcome",
+    "warn",
+    "0.5",
+    "lockstep of the hardware model with the recording",
+    "Fed with recorded lines and register accesses, the hardware model does something the recording does not show.",
+    "A record is missing, the hardware or its emulation deviates from its manual, or the model is wrong.",
+    "the model's state is unknown there",
+    closed=False,
+)
+MODEL_EXTRA: Final = Code(
+    "model-extra-outcome",
+    "warn",
+    "0.5",
+    "lockstep of the hardware model with the recording",
+    "The recording shows what the hardware model, fed with recorded lines and register accesses, does not do.",
+    "A stimulus is missing, the hardware or its emulation deviates from its manual, or the model is wrong.",
+    "the model's state is unknown there",
+    closed=False,
+)
 
-CODES: Final = (UNCALIBRATED, LOST_WINDOW)
+CODES: Final = (UNCALIBRATED, LOST_WINDOW, MODEL_MISSING, MODEL_EXTRA)

@@ -27,6 +27,7 @@ BINDINGS: Final[Mapping[str, str]] = {
     "xentrace": "replay.binding.xentrace",
     "xenalyze": "replay.binding.xentrace",
     "xentrace_format": "replay.binding.xentrace",
+    "qemu": "replay.binding.qemu",
 }
 
 #: Called with (what, bytes done, bytes in all).

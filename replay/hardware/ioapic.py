@@ -141,7 +141,7 @@ class Pin:
 
     def set_vector(self, vector: int) -> bool:
         """IO4: only the vector is rewritten. True when a message of the old one is still unacknowledged."""
-        in_flight = self.remote_irr == 1 and vector != self.vector
+        in_flight = self.remote_irr == 1 and self.vector not in (NONE, vector)
         self.rewritten = self.rewritten or in_flight
         self.vector = vector
         return in_flight
@@ -153,7 +153,8 @@ class Pin:
         whose line is high sends.
         """
         level = word >> TRIGGER_BIT & 1
-        in_flight = self.remote_irr == 1 and (word & VECTOR_MASK != self.vector or level != self.level)
+        changed = self.vector not in (NONE, word & VECTOR_MASK) or self.level not in (UNKNOWN, level)
+        in_flight = self.remote_irr == 1 and changed
         self.rewritten = self.rewritten or in_flight
         self.vector = word & VECTOR_MASK
         self.delivery = word >> DELIVERY_SHIFT & DELIVERY_MASK

@@ -18,6 +18,7 @@ from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.apic.hpet_block_monitor import RTC_PIN, HpetBlockMonitor
 from replay.systems.apic.ioapic_monitor import STUCK_LIMIT, IoApicMonitor
+from replay.systems.apic.lockstep import NEEDS, ApicLockstep
 from replay.systems.apic.monitor import LapicMonitor
 from replay.systems.apic.state import Processor
 
@@ -81,6 +82,7 @@ class ApicMachine(Machine):
         self.config = config
         self.ioapics: dict[int, IoApicMonitor] = {}  # by domain; NONE: the machine's own
         self.hpet = HpetBlockMonitor(sink, config)
+        self.lockstep: ApicLockstep | None = None  # for recordings that show what the hardware did
 
     def load(self, init: Mapping[str, Any]) -> None:
         """`rte`: redirection entries at the start."""
@@ -92,6 +94,8 @@ class ApicMachine(Machine):
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         if not self.started:
             self.start()
+        if self.lockstep is not None:
+            rows = self.lockstep.watch(rows)
         heap = self.agenda.heap
         processors = self.processors
         for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, val2, flags in rows:
@@ -139,7 +143,10 @@ class ApicMachine(Machine):
         self.monitor.accepts_seen = self.sees("lapic.accept")
         self.exits_traced = self.sees("lapic.exit")
         self.monitor.exits_seen = self.exits_traced
+        self.monitor.delivers_seen = self.sees("lapic.deliver")
         self.hpet.start(self.from_boot, self.sees("hwhpet.fire"))
+        if self.observed is not None and not self.sink.closed and all(self.sees(kind) for kind in NEEDS):
+            self.lockstep = ApicLockstep(self.sink)
 
     def discover(self, key: int, cpu: int, dom: int, vcpu: int) -> Processor:
         """First event of a CPU or vCPU."""
@@ -293,6 +300,8 @@ class ApicMachine(Machine):
                 self.accept(p, key, pin.vector, pin.level == 1, seq)
 
     def conclude(self, t_end: int) -> None:
+        if self.lockstep is not None:
+            self.lockstep.finish()
         self.hpet.finish(t_end)
         self.sink.findings.sort(key=lambda finding: finding.t)
 
@@ -349,6 +358,7 @@ class ApicMachine(Machine):
             "ioapic_sends": sum(x.sends for x in self.ioapics.values()),
             "level_redeliveries": sum(x.level_redeliveries for x in self.ioapics.values()),
             **self.hpet.metrics(),
+            **(self.lockstep.metrics() if self.lockstep is not None else {}),
         }
         for name, counters in (("deliveries", self.deliveries), ("eois", self.eois)):
             for counter, count in sorted(counters.items()):

@@ -15,7 +15,7 @@ __all__ = ["LapicMonitor"]
 
 
 class LapicMonitor:
-    """The L rules. `accepts_seen` and `exits_seen`: whether the recording shows requests and handler exits."""
+    """The L rules. `accepts_seen`, `delivers_seen`, `exits_seen`: whether the recording shows those."""
 
     def __init__(self, sink: Sink, nesting_limit: int, t_err_ns: int) -> None:
         self.sink = sink
@@ -23,6 +23,7 @@ class LapicMonitor:
         self.t_err_ns = t_err_ns
         self.accepts_seen = True
         self.exits_seen = True
+        self.delivers_seen = True
         self.max_nesting = 0
         self.unmatched = 0
 
@@ -104,7 +105,7 @@ class LapicMonitor:
         """L4, before the highest ISR bit is cleared. `named` is the vector that the record names, or NONE."""
         top = p.lapic.highest_in_service()
         if top < 0:
-            if not p.lapic.isr_is_known():
+            if not self.delivers_seen or not p.lapic.isr_is_known():
                 return
             self.unmatched += 1
             self.sink.report(
