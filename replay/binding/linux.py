@@ -1,0 +1,108 @@
+"""Linux recordings (ftrace text, trace.dat, trace-cmd report, perf script, systrace) to canonical events (M.2, M.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import polars as pl
+import pyarrow as pa
+
+from replay.binding import kvm_arm64, kvm_x86, linux_evtchn, linux_idle, linux_irq
+from replay.binding.base import Assembler, Bound, Context, Records, event, slices
+from replay.binding.linux_probes import Source
+from replay.coverage import Observation
+
+__all__ = ["FORMATS", "bind", "clock_hz"]
+
+#: Formats of the readers whose tables this binding understands.
+FORMATS: Final = ("trace.dat", "ftrace", "trace-cmd-report", "perf-script", "systrace")
+
+
+def clock_hz(records: Records) -> float | None:
+    """Frequency of a recording whose clock ticks (x86-tsc), from its own timer records; None if they do not tell."""
+    return linux_idle.clock_hz(Source(records))
+
+
+def bind(records: Records, context: Context) -> Bound:
+    """Survey the recording once, then give its events slice by slice in bounded memory."""
+    source = Source(records, context.options.get("event_map"))
+    irq = linux_irq.survey(source)
+    idle = linux_idle.survey(source, context)
+    channels = linux_evtchn.survey(source, irq.flows)
+    x86 = kvm_x86.survey(source)
+    arm = kvm_arm64.survey(source)
+    observed: dict[str, Observation] = {
+        "trace.lost": Observation(100, "lost events as the ring buffer counts them, and damage found by the reader"),
+    }
+    facts: dict[str, Any] = {}
+    blind: dict[str, str] = {}
+    for part in (irq, idle, channels, x86, arm):
+        _add(observed, part.observed)
+        facts.update(part.facts)
+        blind.update(getattr(part, "blind", {}))
+    observed.update(source.observed())
+    if source.distrusted:
+        facts["distrusted_probes"] = dict(sorted(source.distrusted.items()))
+    if blind:
+        facts["blind"] = dict(sorted(blind.items()))
+    binders = (
+        linux_irq.Binder(source, irq),
+        linux_idle.Binder(source, idle),
+        linux_evtchn.Binder(source, channels),
+        kvm_x86.Binder(source, x86),
+        kvm_arm64.Binder(source, arm),
+    )
+    return Bound(observed, facts, _batches(source, context, binders))
+
+
+def _add(observed: dict[str, Observation], more: Mapping[str, Observation]) -> None:
+    """Two sources of one kind: the weaker one decides how far it can be trusted."""
+    for kind, seen in more.items():
+        before = observed.get(kind)
+        if before is None:
+            observed[kind] = seen
+        else:
+            observed[kind] = Observation(min(before.conf, seen.conf), f"{before.how}; {seen.how}")
+
+
+def _batches(source: Source, context: Context, binders: tuple[Any, ...]) -> Iterator[pa.Table]:
+    assembler = Assembler(context.source)
+    lost = _lost(context)
+    for lo, hi in slices(context.rows):
+        frames = [frame for binder in binders for frame in binder.events(lo, hi)]
+        frames += source.mapped_events(lo, hi)
+        last = max((int(f["t_ns"].max() or 0) for f in frames if f.height), default=None)  # type: ignore[arg-type]
+        if lo == 0:
+            frames.append(lost)
+        if last is None:
+            continue
+        table = assembler.push(frames, last)
+        if table is not None:
+            yield table
+    rest = assembler.push([], None)
+    if rest is not None:
+        yield rest
+
+
+def _lost(context: Context) -> pl.DataFrame:
+    """Gaps as markers at their begin and end; one without an end lasts to the end of the recording."""
+    rows = [g for g in context.gaps if g["t1_ns"] is not None]
+    frame = pl.DataFrame(
+        {
+            "seq": [0] * len(rows),
+            "t_ns": [g["t1_ns"] for g in rows],
+            "t_err_ns": [0] * len(rows),
+            "cpu": [g["cpu"] for g in rows],
+            "offset": [g["offset"] for g in rows],
+            "start": [g["t0_ns"] if g["t0_ns"] is not None else g["t1_ns"] for g in rows],
+            "lost": [g["lost"] for g in rows],
+        },
+        schema={
+            "seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int32, "offset": pl.UInt64,
+            "start": pl.Int64, "lost": pl.Int64,
+        },
+    )  # fmt: skip
+    ends = event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
+    begins = event(frame, "trace.lost", "gap", t_ns=pl.col("start"), val=pl.col("start"), flags=1, rank=-1)
+    return pl.concat([begins, ends])
