@@ -9,6 +9,7 @@ import pyarrow as pa
 from parsers.recording import Gap, Note
 from parsers.tables import COMMON
 from replay.events import SCHEMA, events_from_json
+from replay.systems import SYSTEMS
 from tests.shared import SAMPLES
 from tracetool.ingest import IngestOptions, ingest
 from tracetool.store import Dataset, DatasetWriter
@@ -40,7 +41,7 @@ def hostile_dataset(target: Path) -> Dataset:
     events = [
         {"t": 0, "kind": "idle.enter", "cpu": 0, "val": 1000, "origin": {"file": "f" + ESCAPES, "offset": 1,
                                                                         "raw_kind": HOSTILE_TABLE}},
-        {"t": 500, "kind": "idle.exit", "cpu": 0, "origin": {"file": "f", "offset": 2, "raw_kind": "X"}},
+        {"t": 400_000, "kind": "idle.exit", "cpu": 0, "origin": {"file": "f", "offset": 2, "raw_kind": "X"}},
     ]  # fmt: skip
     with DatasetWriter(target) as writer:
         writer.append(HOSTILE_TABLE, pa.Table.from_pylist([row], schema))
@@ -54,8 +55,8 @@ def hostile_dataset(target: Path) -> Dataset:
             {
                 "inputs": [{"name": "n" + ESCAPES, "source": "s" + ESCAPES, "sha256": "0", "format": "x", "bytes": 1}],
                 "clock": {"unit": "ns", "hz": None, "kind": "tsc", "origin": "", "doc": ""},
-                "span": {"t0_ns": 0, "t1_ns": 1000, "records": 2}, "cpus": [0], "events": 2, "facts": {},
-                "observed": {k: {"conf": 100, "how": "h" + ESCAPES} for k in ("idle.enter", "idle.exit")},
+                "span": {"t0_ns": 0, "t1_ns": 1_000_000, "records": 2}, "cpus": [0], "events": 2, "facts": {},
+                "observed": {k: {"conf": 100, "how": "h" + ESCAPES} for k in SYSTEMS["hpet"].kinds},
                 "counts": {}, "damaged": False,
             }
         )  # fmt: skip
