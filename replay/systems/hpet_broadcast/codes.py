@@ -235,5 +235,6 @@ PARAMETERS: Final = (
     Parameter("inflight_ns", 500, "ns", "a message this close after a retarget was already in flight"),
     Parameter("exit_latency_ns", 200_000, "ns", "recordings: C-state exit latency that is not counted as late"),
     Parameter("exit_path_ns", 100_000, "ns", "recordings: a CPU may own a channel this long around its sleep"),
+    Parameter("fixed_owners", False, "", "recordings: a channel belongs to one CPU for good, asleep or not (Linux)"),
     Parameter("remote_wake_ns", 1_000_000, "ns", "recordings: a handler wakes other CPUs within this"),
 )

@@ -149,6 +149,11 @@ class MwaitHandshake(Machine):
         s = self.sleeper(cpu)
         if self.handshake == "separate-flag":
             if self.sampled.get((waker, cpu), s.flag):
+                if not s.flag:
+                    self.sink.report(
+                        codes.IPI_ELIDED_UNSAFE, self.now, cpu=cpu, tgt=waker,
+                        expected="an IPI, or the flag set at the store", observed="no IPI, flag clear at the store",
+                    )  # fmt: skip
                 self.write_wake_word(s)
             else:
                 s.softirq = True

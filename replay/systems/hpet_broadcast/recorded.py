@@ -112,10 +112,12 @@ class RecordedBroadcast(Machine):
         self.exit_latency_ns = config.integer("exit_latency_ns")
         self.exit_path_ns = config.integer("exit_path_ns")
         self.remote_wake_ns = config.integer("remote_wake_ns")
+        self.fixed_owners = bool(config["fixed_owners"])
         self.cpus: dict[int, _Cpu] = {}
         self.channels: dict[int, _Channel] = {}
         self.suspects: list[_Suspect] = []
         self.handlers_recorded = True
+        self.handler_conf = 100  # how sure it is that a handler is a channel's
         self.open_gaps = 0
         self.gap_end = -1
         self.handlers = 0
@@ -133,6 +135,7 @@ class RecordedBroadcast(Machine):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         self.handlers_recorded = self.sees("hpet.handler.begin")
+        self.handler_conf = 100 if self.observed is None else INFERRED
         for kind, seq, t, cpu, obj, tgt, val, flags in rows:
             self.advance(t)
             if kind == ENTER:
@@ -212,7 +215,7 @@ class RecordedBroadcast(Machine):
         p.deadline = INF
         p.generation += 1
         for ch in self.channels.values():
-            if ch.owner == p.index:  # A8: hands it over, which is recorded, or releases it
+            if ch.owner == p.index and not self.fixed_owners:  # A8: hands it over, which is recorded, or releases it
                 ch.owner = NONE
                 ch.released_at = self.now
 
@@ -280,7 +283,7 @@ class RecordedBroadcast(Machine):
         ch.target = target
         ch.moved_at = self.now
         ch.moved_seq = seq
-        if ch.named:
+        if ch.named or self.fixed_owners:
             ch.owner = target
 
     def begin(self, ch: _Channel, p: _Cpu, seq: int) -> None:
@@ -319,12 +322,12 @@ class RecordedBroadcast(Machine):
         """A6: intervals that contain each other on one CPU."""
         story = tuple(Evidence(t, s, f"channel {c} handler begins") for c, t, s in p.stack)
         self.sink.report(
-            codes.NESTED_IRQ, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq,
+            codes.NESTED_IRQ, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq, conf=self.handler_conf,
             expected="no handler below it", observed=f"depth {depth}", evidence=story,
         )  # fmt: skip
         if depth > self.stack_limit:
             self.sink.report(
-                codes.STACK_DEPTH, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq,
+                codes.STACK_DEPTH, self.now, cpu=p.index, obj=ch.index, val=depth, seq=seq, conf=self.handler_conf,
                 expected=f"depth at most {self.stack_limit}", observed=f"depth {depth}", evidence=story,
             )  # fmt: skip
 
@@ -404,6 +407,8 @@ class RecordedBroadcast(Machine):
                 p.generation += 1
                 p.stack.clear()
         for ch in self.channels.values():
+            if self.fixed_owners:
+                break
             ch.target = NONE
             ch.owner = NONE
             ch.named = False
