@@ -9,7 +9,11 @@ from parsers.ftrace.arrays import Array, binary, bits, plain, texts
 from parsers.tracedat.formats import Field
 from parsers.tracedat.layout import Limit
 
-__all__ = ["Batch", "column", "numbers"]
+__all__ = ["Batch", "Block", "column", "numbers"]
+
+
+#: Words; a wider record is gathered field by field.
+WIDEST = 64
 
 
 class Batch:
@@ -41,19 +45,51 @@ def numbers(batch: Batch, at: Array, size: int) -> Array:
     return gathered.view(f"{batch.order}u{size}").ravel().astype(f"=u{size}")
 
 
-def column(batch: Batch, field: Field, start: Array, size: Array) -> pa.Array:
-    """The field's values of the records at `start` (byte positions) that are `size` bytes long."""
-    at = start + field.offset
+class Block:
+    """The fixed parts of all records of one event, copied side by side: one gather serves all fields."""
+
+    def __init__(self, batch: Batch, start: Array, size: Array, least: int) -> None:
+        self.batch, self.start, self.size = batch, start, size
+        width = (least + 3) // 4
+        self._rows: Array | None = None
+        if 0 < width <= WIDEST and start.size and not int(start[0]) & 3:
+            # items of a record's size that begin at every word; records start at words
+            data = batch.data
+            count = (len(data) - 4 * width) // 4 + 1
+            items = np.ndarray((max(0, count),), dtype=f"V{4 * width}", buffer=data.data, strides=(4,))
+            index = start >> 2
+            if int(index.max()) < count:
+                self._rows = items[index].view(np.uint8).reshape(start.size, 4 * width)
+
+    def __len__(self) -> int:
+        return int(self.start.size)
+
+    def numbers(self, offset: int, size: int) -> Array:
+        """Unsigned numbers of `size` bytes at `offset` of every record, in native byte order."""
+        if self._rows is None or offset + size > self._rows.shape[1]:
+            return numbers(self.batch, self.start + offset, size)
+        part = self._rows[:, offset : offset + size]
+        if size == 1:
+            return np.ascontiguousarray(part).ravel()
+        fields = np.ndarray(
+            (len(self),), f"{self.batch.order}u{size}", self._rows.data, offset, (self._rows.shape[1],)
+        )
+        return fields.astype(f"=u{size}")
+
+
+def column(block: Block, field: Field) -> pa.Array:
+    """The field's values of a block's records."""
+    batch, start, size = block.batch, block.start, block.size
     if field.place == "fixed" and field.kind in ("number", "bool"):
-        values = numbers(batch, at, field.size)
+        values = block.numbers(field.offset, field.size)
         return bits(values != 0) if field.kind == "bool" else plain(field.arrow(), values)
     if field.place == "fixed":
-        return _fixed_array(batch, field, at)
+        return _fixed_array(batch, field, start + field.offset)
     if field.place == "rest":
         where, length = field.offset, size - field.offset
         begin = np.full(start.size, where, dtype=np.int64)
     else:
-        location = numbers(batch, at, 4).astype(np.int64)
+        location = block.numbers(field.offset, 4).astype(np.int64)
         begin, length = location & 0xFFFF, location >> 16
         if field.place == "rel_loc":
             begin = begin + field.offset + 4

@@ -12,9 +12,10 @@ from parsers.ftrace.arrays import Array, binary, dictionary, nulls, plain
 from parsers.ftrace.columns import FTRACE_COMMON, escape
 from parsers.recording import Note, ReadOptions
 from parsers.tables import Column, Table
-from parsers.tracedat.decode import Batch, column, numbers
+from parsers.tracedat.decode import Batch, Block, column, numbers
 from parsers.tracedat.formats import EventFormat
 from parsers.tracedat.header import Head, note
+from parsers.tracedat.layout import Limit
 from parsers.tracedat.symbols import Symbols
 
 __all__ = ["RAW", "Events"]
@@ -51,9 +52,12 @@ class Events:
         self._least = np.zeros(len(self._formats) + 1, dtype=np.int64)
         for number, event in enumerate(self._formats[: (1 << 16) - 1], start=1):
             self._index[event.ident] = number
-            self._least[number] = event.least
-        typed = [event.common["type"] for event in self._formats if "type" in event.common]
-        self._type_at = typed[0].offset if typed and typed[0].size == 2 else 0
+        self._layouts: dict[int, EventFormat] = {}
+        self._seen = np.zeros(1 << 16, dtype=bool)
+        self._broken: list[Note] = []
+        parsed = (event.parse() for event in self._formats)
+        typed = next((event.common["type"] for event in parsed if event and "type" in event.common), None)
+        self._type_at = typed.offset if typed and typed.size == 2 else 0
         self._pids = np.array(sorted({0, *head.comms}), dtype=np.int64)
         idle = {0: b"<idle>"}
         self._comms = [escape({**head.comms, **idle}[pid]) for pid in self._pids.tolist()] + ["<...>"]
@@ -65,6 +69,7 @@ class Events:
         """Event index of each record; 0 for unknown ids and for records too short for their event."""
         long_enough = size >= self._type_at + 2
         ident = numbers(batch, np.where(long_enough, start, start[0]) + self._type_at, 2)
+        self._parse(ident)
         index = np.where(long_enough, self._index[ident], 0)
         short = np.flatnonzero(size < self._least[index])
         if short.size:
@@ -72,6 +77,23 @@ class Events:
                 self._short[self._names[int(number) - 1]] += int(count)
             index[short] = 0
         return index.astype(np.uint16)
+
+    def _parse(self, idents: Array) -> None:
+        """Parse the formats of events that occur for the first time; a broken one declares nothing."""
+        present = np.bincount(idents, minlength=1 << 16) > 0
+        for ident in np.flatnonzero(present & ~self._seen).tolist():
+            number = int(self._index[ident])
+            if not number:
+                continue
+            declared = self._formats[number - 1]
+            layout = declared.parse()
+            if layout is None:
+                self._index[ident] = 0
+                text = f"{declared.system}: {declared.text[:60]!r}"
+                self._broken.append(note("tracedat-formats", text, declared.offset))
+            else:
+                self._layouts[number], self._least[number] = layout, layout.least
+        self._seen |= present
 
     def tables_of(
         self, batch: Batch, event: Array, start: Array, size: Array, common: list[pa.Array], buffer: pa.Array
@@ -86,13 +108,14 @@ class Events:
             if number == 0:
                 name, own = RAW.name, self._raw(batch, start[rows], size[rows])
             else:
-                layout, name = self._formats[number - 1], self._names[number - 1]
+                layout, name = self._layouts[number], self._names[number - 1]
                 if name not in self.tables:
                     self.tables[name] = layout.table(name)
-                own = self._task(batch, layout, start[rows])
-                own += [column(batch, field, start[rows], size[rows]) for field in layout.fields]
+                block = Block(batch, start[rows], size[rows], layout.least)
+                own = self._task(block, layout)
+                own += [column(block, field) for field in layout.fields]
                 for field in layout.symbolic:
-                    own.append(self._symbols.column(numbers(batch, start[rows] + field.offset, field.size)))
+                    own.append(self._symbols.column(block.numbers(field.offset, field.size)))
                 self.counts[name] = self.counts.get(name, 0) + end - begin
             columns = shared[:-1] + own[: len(FTRACE_COMMON) - 1] + shared[-1:] + own[len(FTRACE_COMMON) - 1 :]
             tables[name] = pa.Table.from_arrays(columns, schema=self.tables[name].schema())
@@ -116,14 +139,14 @@ class Events:
         payload = binary(batch.data, start, size).cast(pa.binary())
         return [*empty, plain(pa.uint16(), ident, long_enough), payload]
 
-    def _task(self, batch: Batch, layout: EventFormat, start: Array) -> list[pa.Array]:
+    def _task(self, block: Block, layout: EventFormat) -> list[pa.Array]:
         """pid, comm, flags, preempt, tgid."""
-        rows = start.size
+        rows = len(block)
         columns = []
         field = layout.common.get("pid")
         pid = None
         if field is not None and field.size == 4:
-            pid = numbers(batch, start + field.offset, 4).view(np.int32)
+            pid = block.numbers(field.offset, 4).view(np.int32)
             slot = np.minimum(np.searchsorted(self._pids, pid), len(self._pids) - 1)
             slot = np.where(self._pids[slot] == pid, slot, len(self._pids))
             columns += [plain(pa.int32(), pid), dictionary(COMM, slot, self._comms)]
@@ -132,12 +155,12 @@ class Events:
         for key, kind in FLAG_FIELDS:
             field = layout.common.get(key)
             if field is not None and field.size == 1:
-                columns.append(plain(kind, numbers(batch, start + field.offset, 1)))
+                columns.append(plain(kind, block.numbers(field.offset, 1)))
             else:
                 columns.append(nulls(kind, rows))
         field = layout.common.get("tgid")
         if field is not None and field.size == 4:
-            columns.append(plain(pa.int32(), numbers(batch, start + field.offset, 4).view(np.int32)))
+            columns.append(plain(pa.int32(), block.numbers(field.offset, 4).view(np.int32)))
         elif pid is not None and self._tgid_keys.size:
             slot = np.minimum(np.searchsorted(self._tgid_keys, pid), self._tgid_keys.size - 1)
             columns.append(plain(pa.int32(), self._tgid_values[slot], self._tgid_keys[slot] == pid))
@@ -149,4 +172,5 @@ class Events:
         """What `ftrace_raw` holds, in total."""
         unknown, short = self._unknown.most_common(20), self._short.most_common(20)
         found = [note("tracedat-unknown-event", f"event id {i}", count=count) for i, count in unknown]
+        found += self._broken[: Limit.NOTES]
         return found + [note("tracedat-short-record", name, count=count) for name, count in short]

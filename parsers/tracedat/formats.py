@@ -12,7 +12,7 @@ from parsers.ftrace.columns import FTRACE_COMMON, column_name
 from parsers.tables import Column, Table
 from parsers.tracedat.layout import Limit
 
-__all__ = ["EventFormat", "Field", "PageHeader", "parse_format", "parse_page_header"]
+__all__ = ["EventFormat", "EventText", "Field", "PageHeader", "announced", "parse_format", "parse_page_header"]
 
 #: plain: one number. string/bytes/list: an array, stored as `place` says.
 Kind = Literal["number", "bool", "string", "bytes", "list"]
@@ -20,6 +20,8 @@ Kind = Literal["number", "bool", "string", "bytes", "list"]
 Place = Literal["fixed", "data_loc", "rel_loc", "rest"]
 
 FIELD = re.compile(r"\s*field:\s*([^;]*);\s*offset:\s*(\d+);\s*size:\s*(\d+);(?:\s*signed:\s*([01]);)?")
+EVENT_NAME = re.compile(rb"^name:\s*(\S+)", re.M)
+EVENT_ID = re.compile(rb"^ID:\s*(\d{1,9})(?!\d)", re.M)
 NUMBERS = {
     (1, False): pa.uint8(),
     (2, False): pa.uint16(),
@@ -97,6 +99,22 @@ class EventFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class EventText:
+    """A `format` file of which only name and id were read: files declare hundreds of events and record a few."""
+
+    ident: int
+    system: str
+    name: str
+    text: bytes
+    word: int
+    offset: int  # in the recording
+
+    def parse(self) -> EventFormat | None:
+        """The whole of it; None when it makes no sense."""
+        return parse_format(self.system, self.text, self.word)
+
+
+@dataclass(frozen=True, slots=True)
 class PageHeader:
     """Where a ring-buffer page keeps its stamp (always u64 at 0), its commit word and its data."""
 
@@ -169,14 +187,23 @@ def _field(declaration: str, offset: int, size: int, signed: str, word: int) -> 
     return Field(name, ctype + dimensions, offset, size, flag, kind, place, item)
 
 
+def announced(system: str, text: bytes, word: int, offset: int) -> EventText | None:
+    """Name and id of a `format` file; None when it lacks one."""
+    head = text.partition(b"print fmt:")[0]
+    name, ident = EVENT_NAME.search(head), EVENT_ID.search(head)
+    if name is None or ident is None or int(ident[1]) > 0xFFFF:
+        return None
+    return EventText(int(ident[1]), system, name[1].decode("latin-1"), text, word, offset)
+
+
 def parse_format(system: str, text: bytes, word: int) -> EventFormat | None:
     """One `format` file; None when it lacks a name, an id or sane fields. `word` = sizeof(long) of the kernel."""
     decoded = text.decode("latin-1")
     head, _, printing = decoded.partition("print fmt:")
-    name = re.search(r"^name:\s*(\S+)", head, re.M)
-    ident = re.search(r"^ID:\s*(\d+)", head, re.M)
-    if name is None or ident is None or int(ident[1]) > 0xFFFF:
+    declared = announced(system, text, word, 0)
+    if declared is None:
         return None
+    name = declared.name
     common: dict[str, Field] = {}
     fields: list[Field] = []
     for declaration, offset, size, signed in FIELD.findall(head)[: Limit.FIELDS]:
@@ -192,14 +219,14 @@ def parse_format(system: str, text: bytes, word: int) -> EventFormat | None:
             common[key] = field
     if fields:
         last = max(fields, key=lambda field: field.offset)
-        if (name[1], last.name) in STACKS:
+        if (name, last.name) in STACKS:
             index = fields.index(last)
             fields[index] = Field(
                 last.name, last.ctype, last.offset, 0, False, "list", "rest", word if word in (4, 8) else 8
             )
     least = max((field.offset + field.size for field in (*common.values(), *fields)), default=0)
     symbolic = _symbolic(printing, fields)
-    return EventFormat(int(ident[1]), system, name[1], common, tuple(fields), least, symbolic)
+    return EventFormat(declared.ident, system, name, common, tuple(fields), least, symbolic)
 
 
 def _symbolic(printing: str, fields: list[Field]) -> tuple[Field, ...]:

@@ -9,7 +9,7 @@ from typing import BinaryIO, Literal
 
 from parsers.recording import Note, RecordingError
 from parsers.tracedat.cursor import Cursor, Damage, checked_usize, decompressor
-from parsers.tracedat.formats import EventFormat, PageHeader, parse_format, parse_page_header
+from parsers.tracedat.formats import EventText, PageHeader, announced, parse_page_header
 from parsers.tracedat.layout import MAGIC, NOTES, Limit, Option
 
 __all__ = ["Area", "Buffer", "Head", "Shift", "note", "read_head"]
@@ -63,7 +63,7 @@ class Head:
     total: int
     word: int = 8
     page: PageHeader = field(default_factory=PageHeader)
-    formats: list[EventFormat] = field(default_factory=list)
+    formats: list[EventText] = field(default_factory=list)
     comms: dict[int, bytes] = field(default_factory=dict)
     tgids: dict[int, int] = field(default_factory=dict)
     symbols: bytes = b""
@@ -293,7 +293,7 @@ def _header_info(head: Head, cursor: Cursor) -> None:
 
 
 def _add_format(head: Head, system: str, text: bytes, offset: int) -> None:
-    event = parse_format(system, text, head.word)
+    event = announced(system, text, head.word, offset)
     if event is None:
         head.add_note("tracedat-formats", f"{system}: {text[:60]!r}", offset)
     elif len(head.formats) < Limit.FORMATS:

@@ -33,7 +33,9 @@ class Symbols:
         if self._all is not None:
             rest = self._all.get(key)
         else:
-            found = self._text.find(b"\n" + key + b" ")
+            found = self._bisect(key)
+            if found < 0:
+                found = self._text.find(b"\n" + key + b" ")
             rest = None
             if found >= 0:
                 end = self._text.find(b"\n", found + 1)
@@ -43,6 +45,23 @@ class Symbols:
         if len(self._known) < 1 << 16:
             self._known[address] = name
         return name
+
+    def _bisect(self, key: bytes) -> int:
+        """Where the line of `key` begins (at the line end before it), if the text is sorted around it, else -1.
+
+        Most of kallsyms is; what is found is exact in any case, and the first of several equal lines.
+        """
+        text, width = self._text, len(key)
+        low, high = 0, len(text)
+        while low < high:
+            middle = text.rfind(b"\n", low, (low + high) // 2 + 1)
+            if text[middle + 1 : middle + 1 + width] < key:
+                low = text.find(b"\n", middle + 1)
+                if low < 0:
+                    return -1
+            else:
+                high = middle
+        return low if text.startswith(b"\n" + key + b" ", low) else -1
 
     def column(self, addresses: Array) -> pa.Array:
         """String column of the names; null without one."""
