@@ -90,7 +90,11 @@ def observations(dataset: Dataset) -> dict[str, Observation]:
 
 def rules_of(dataset: Dataset, system: System) -> list[Coverage]:
     """Coverage of a system's rules; without a clock frequency those with a threshold in ns are blind too."""
-    rules = coverage(system, observations(dataset))
+    stated = dataset.manifest.get("facts", {}).get("blind", {})  # what the binding knows that kinds cannot say
+    rules = [
+        Coverage(c.rule, "blind", stated[c.rule]) if c.rule in stated and c.state != "blind" else c
+        for c in coverage(system, observations(dataset))
+    ]
     if dataset.manifest.get("clock", {}).get("unit", "ns") == "ns":
         return rules
     in_ns = {p.name for p in system.parameters if p.unit == "ns"}
@@ -248,6 +252,7 @@ class _Session:
             self.dataset.event_batches(list(kinds), columns),
             config=self.config,
             closed=closed,
+            sub=str(self.dataset.manifest.get("facts", {}).get(f"{self.system.name}_sub", "")),
             t_end=span.get("t1_ns"),
             policy_class=cls,
             from_boot=False,
