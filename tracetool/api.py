@@ -71,11 +71,11 @@ class Trace:
 
     def gaps(self) -> pl.DataFrame:
         """Where records are missing: source, reason, cpu, t0_ns, t1_ns, offset, length, lost, text."""
-        return pl.read_parquet(self.path / "gaps.parquet")
+        return pl.read_parquet(self.path / "gaps.parquet", glob=False)
 
     def notes(self) -> pl.DataFrame:
         """Oddities that the reader met: source, code, severity, text, offset, cpu, count."""
-        return pl.read_parquet(self.path / "notes.parquet")
+        return pl.read_parquet(self.path / "notes.parquet", glob=False)
 
     def sql(self, query: str, *, policy: str | Sequence[str] = "current") -> pl.DataFrame:
         """Any SQL over the tables; `findings` are those of a replay under `policy`."""

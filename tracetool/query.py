@@ -138,7 +138,7 @@ def _events(dataset: Dataset) -> pl.LazyFrame:
 
 
 def _small(dataset: Dataset, name: str) -> pl.LazyFrame:
-    return pl.scan_parquet(dataset.path / f"{name}.parquet")
+    return pl.scan_parquet(dataset.path / f"{name}.parquet", glob=False)
 
 
 def tables_of(dataset: Dataset) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def python_lines(dataset: Dataset, chosen: Chosen) -> list[str]:
     lines = [
         "import polars as pl",
         f"dataset = {str(Path(dataset.path).absolute())!r}",
-        'events = pl.scan_parquet(dataset + "/events.parquet")',
+        'events = pl.scan_parquet(dataset + "/events.parquet", glob=False)',
         *_where(chosen, seqs),
         'evidence = evidence.unnest("origin").sort("seq").collect()',
         "print(evidence)",
@@ -192,7 +192,7 @@ def python_lines(dataset: Dataset, chosen: Chosen) -> list[str]:
     for name, offsets in sorted(raw.items()):
         file = f"/records/{tables[name]['file']}.parquet"
         lines.append(
-            f"records[{name!r}] = pl.scan_parquet(dataset + {file!r})"
+            f"records[{name!r}] = pl.scan_parquet(dataset + {file!r}, glob=False)"
             f'.filter(pl.col("offset").is_in({sorted(set(offsets))})).collect()'
         )
     lines += ["for name, found in records.items():", "    print(name, found)"]

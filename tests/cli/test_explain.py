@@ -147,7 +147,7 @@ def test_mistakes_say_what_to_do(dataset: Dataset, arguments: list[str], words: 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--show-python"]], ids=str)
 def test_hostile_names_control_nothing(tmp_path: Path, options: list[str]) -> None:
-    dataset = hostile_dataset(tmp_path / f"d{ESCAPES.replace('/', '')}")
+    dataset = hostile_dataset(tmp_path / f"d'{ESCAPES.translate({ord(c): None for c in '/[]'})}")
     runs = replay_dataset(dataset, Settings(systems=("hpet",), values={"hpet": {"slop_ns": 1}}))
     assert runs[0]["findings"], "the hostile dataset is meant to have a finding"
     name = findings_frame(runs)["id"][0]
