@@ -365,7 +365,7 @@ def test_the_finding_is_gone() -> None:
 
 
 def write_case(case: Case, output: Path, *, force: bool = False) -> tuple[Path, Path]:
-    """Write `NAME.json` and `test_NAME.py` beside it; both or neither. Returns their paths."""
+    """Write `NAME.json` and `test_NAME.py` beside it, each whole or not at all; returns their paths."""
     stem = _plain(output.name)
     scenario = output.parent / f"{stem}.json"
     test = output.parent / f"test_{stem.replace('-', '_')}.py"
