@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import pyarrow as pa
 
-from parsers.tables import COMMON, Column
+from parsers.tables import COMMON, Column, Table
 
-__all__ = ["FTRACE_COMMON", "RESERVED", "column_name", "escape"]
+__all__ = ["FTRACE_COMMON", "RESERVED", "column_name", "escape", "ftrace_schema"]
 
 #: After COMMON, before the event's own fields. Null: the recording does not say.
 FTRACE_COMMON: tuple[Column, ...] = (
@@ -40,6 +41,17 @@ def column_name(field: str, taken: Iterable[str] = ()) -> str:
         number += 1
         name = f"{base}_{number}"
     return name
+
+
+@lru_cache(maxsize=1)
+def _common_fields() -> tuple[pa.Field, ...]:
+    return tuple(column.field() for column in (*COMMON, *FTRACE_COMMON))
+
+
+def ftrace_schema(table: Table) -> pa.Schema:
+    """`table.schema()` of a table that starts with FTRACE_COMMON, whose fields are made only once."""
+    own = [column.field() for column in table.columns[len(FTRACE_COMMON) :]]
+    return pa.schema([*_common_fields(), *own], metadata={"table": table.name, "doc": table.doc})
 
 
 def escape(raw: bytes) -> str:

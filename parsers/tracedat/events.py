@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array, binary, dictionary, nulls, plain
-from parsers.ftrace.columns import FTRACE_COMMON, escape
+from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.recording import Note, ReadOptions
 from parsers.tables import Column, Table
 from parsers.tracedat.decode import Batch, Block, column, numbers
@@ -61,6 +61,12 @@ class Events:
         self._pids = np.array(sorted({0, *head.comms}), dtype=np.int64)
         idle = {0: b"<idle>"}
         self._comms = [escape({**head.comms, **idle}[pid]) for pid in self._pids.tolist()] + ["<...>"]
+        # pids are small, so a table of all of them finds a name without a search
+        top = int(self._pids[-1])
+        self._slot_of = np.full(top + 2 if top < 1 << 22 else 0, len(self._pids), dtype=np.int32)
+        if self._slot_of.size:
+            self._slot_of[self._pids] = np.arange(len(self._pids))
+        self._schemas: dict[str, pa.Schema] = {}
         self._tgids = head.tgids
         self._tgid_keys = np.array(sorted(head.tgids), dtype=np.int64)
         self._tgid_values = np.array([head.tgids[pid] for pid in self._tgid_keys.tolist()], dtype=np.int32)
@@ -118,8 +124,21 @@ class Events:
                     own.append(self._symbols.column(block.numbers(field.offset, field.size)))
                 self.counts[name] = self.counts.get(name, 0) + end - begin
             columns = shared[:-1] + own[: len(FTRACE_COMMON) - 1] + shared[-1:] + own[len(FTRACE_COMMON) - 1 :]
-            tables[name] = pa.Table.from_arrays(columns, schema=self.tables[name].schema())
+            tables[name] = pa.Table.from_arrays(columns, schema=self._schema(name))
         return tables
+
+    def _schema(self, name: str) -> pa.Schema:
+        if name not in self._schemas:
+            self._schemas[name] = ftrace_schema(self.tables[name])
+        return self._schemas[name]
+
+    def _slots(self, pid: Array) -> Array:
+        """Index into `_comms` of each task; the last one for a pid without a name."""
+        if self._slot_of.size:
+            known = np.minimum(pid.view(np.uint32), self._slot_of.size - 1)
+            return self._slot_of[known]
+        slot = np.minimum(np.searchsorted(self._pids, pid), len(self._pids) - 1)
+        return np.where(self._pids[slot] == pid, slot, len(self._pids))
 
     def _raw(self, batch: Batch, start: Array, size: Array) -> list[pa.Array]:
         long_enough = size >= self._type_at + 2
@@ -147,9 +166,7 @@ class Events:
         pid = None
         if field is not None and field.size == 4:
             pid = block.numbers(field.offset, 4).view(np.int32)
-            slot = np.minimum(np.searchsorted(self._pids, pid), len(self._pids) - 1)
-            slot = np.where(self._pids[slot] == pid, slot, len(self._pids))
-            columns += [plain(pa.int32(), pid), dictionary(COMM, slot, self._comms)]
+            columns += [plain(pa.int32(), pid), dictionary(COMM, self._slots(pid), self._comms)]
         else:
             columns += [nulls(pa.int32(), rows), nulls(COMM, rows)]
         for key, kind in FLAG_FIELDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import pyarrow as pa
@@ -148,6 +149,7 @@ def _element(ctype: str, word: int) -> int:
     return ELEMENTS.get(base, int(width[1]) // 8 if width else 4)
 
 
+@lru_cache(maxsize=4096)
 def _field(declaration: str, offset: int, size: int, signed: str, word: int) -> Field | None:
     """One `field:` line; None when the declaration has no name."""
     match = re.fullmatch(r"(.*?)\b(\w+)\s*((?:\[[^\]]*\]\s*)*)", declaration.strip(), re.S)

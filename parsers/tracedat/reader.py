@@ -193,11 +193,9 @@ class TraceDatReader:
         """Decode the records before `limit` (corrected stamp; None: all of them); keep the other pages."""
         head, streams = self._head, self._streams
         stride = max(len(page.data) for page in pages)
-        data = np.zeros(len(pages) * stride + 8, dtype=np.uint8)
         sizes = np.fromiter((len(page.data) for page in pages), dtype=np.int64, count=len(pages))
-        for number, page in enumerate(pages):
-            begin = number * stride
-            data[begin : begin + len(page.data)] = np.frombuffer(page.data, dtype=np.uint8)
+        padded = (page.data.ljust(stride, b"\0") for page in pages)
+        data = np.frombuffer(b"".join((*padded, bytes(8))), dtype=np.uint8)
         records = walk(data, len(pages), stride, sizes, head.page, head.order)
         owner = np.fromiter((page.stream for page in pages), dtype=np.int64, count=len(pages))
         stream = owner[records.page]
