@@ -208,7 +208,8 @@ class Binder:
         parts = []
         entries = self.source.read(_ENTRY, lo, hi, "irq")
         if entries is not None:
-            parts.append(entries.select("seq", "cpu", began="t_ns", irq=pl.col("irq").cast(pl.Int64), channel=self._channel()))
+            irq = pl.col("irq").cast(pl.Int64)
+            parts.append(entries.select("seq", "cpu", began="t_ns", irq=irq, channel=self._channel()))
         for name in _WAKERS:
             frame = self.source.read(name, lo, hi)
             if frame is not None:
@@ -228,7 +229,9 @@ class Binder:
         if self.sleeping is not None:
             opened = pl.concat([self.sleeping, opened]).sort("seq")
         self.sleeping = opened.group_by("cpu", maintain_order=True).last().select(opened.columns)
-        frame = exits.sort("seq").join_asof(opened.sort("seq"), on="seq", by="cpu", strategy="backward", check_sortedness=False)
+        frame = exits.sort("seq").join_asof(
+            opened.sort("seq"), on="seq", by="cpu", strategy="backward", check_sortedness=False
+        )
         # The first interrupt after the enter record.
         first = (
             frame.filter(pl.col("enter_seq").is_not_null())

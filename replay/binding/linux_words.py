@@ -86,7 +86,8 @@ class Words:
         """What the samples show."""
         if self.abi == "fifo":
             how = "words sampled by probes, of the probe's own CPU"
-            return {k: Observation(80, how) for k, p in (("fifo.ready", "ready"), ("fifo.head", "h7_")) if p in self.names}
+            sampled = (("fifo.ready", "ready"), ("fifo.head", "h7_"))
+            return {kind: Observation(80, how) for kind, prefix in sampled if prefix in self.names}
         seen = {"evtchn.snapshot": Observation(80, "words sampled by probes: pend, mask, sel, up, um")}
         if "pend" in self.names:
             how = "a sampled pending bit went 0 to 1; when exactly, and what coalesced, is not recorded"
