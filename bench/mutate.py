@@ -47,6 +47,8 @@ HARDWARE = {
 }
 #: Files of a system that only declare; changing a text or a default is not a change of behaviour.
 DECLARATIONS = {"codes.py", "__init__.py", "hpet_block_codes.py", "ioapic_codes.py"}
+#: Operator of the mutant that changes nothing: its suite must pass, or no verdict means anything.
+BASELINE = "none"
 #: Comparisons and their negations.
 COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
@@ -221,7 +223,7 @@ def _child(mutant: Mutant) -> None:
     sys.path.insert(0, str(ROOT))
     sys.dont_write_bytecode = True
     code, same = mutated(mutant)
-    if same:
+    if same and mutant.operator != BASELINE:
         sys.exit(3)
     _install(mutant, code)
     try:
@@ -256,6 +258,10 @@ def run_sample(
     """Judge `count` mutants chosen by `seed` (all of them when there are fewer), as far as `budget` seconds go."""
     everything = [m for system, path in _files() if not systems or system in systems for m in mutants_of(system, path)]
     chosen = random.Random(seed).sample(everything, min(count, len(everything)))
+    for system, path in {m.system: m.path for m in chosen}.items():
+        verdict, by = judge(Mutant(system, path, BASELINE, 0, 0), 10 * seconds)
+        if verdict != "survived":
+            raise SystemExit(f"{system}: the suite fails without a mutant already ({by})")
     results = []
     start = time.monotonic()
     for mutant in chosen:

@@ -77,9 +77,9 @@ BUGS = (
         bad="current",
         good="proposed",
         seed=1,
-        verify=("mwait-lost-wakeup",),
+        verify=("mwait-lost-wakeup", "mwait-ipi-elided-unsafe"),
         what_if=("mwait-lost-wakeup",),
-        exact=("mwait-lost-wakeup",),
+        exact=("mwait-lost-wakeup", "mwait-ipi-elided-unsafe"),
         sub="mwait",
     ),
     Bug(

@@ -1,4 +1,4 @@
-"""Every rule against every seeded bug: what fires on the bad recording and on the repaired one, what nothing reaches."""
+"""Every rule against every seeded bug: what fires on the bad recording, what on the repaired one, what on neither."""
 
 from __future__ import annotations
 

@@ -128,6 +128,8 @@ class MwaitIdle(World):
         seen = self.looked[p] if self.bad else cpu.flag
         self.note("wake.store", cpu=WAKER, tgt=p)
         self.note("wake.post", cpu=WAKER, tgt=p, flags=1 if seen else 2)
+        if seen and not cpu.flag:
+            self.happened("mwait-ipi-elided-unsafe")
         if not cpu.idle:
             return
         cpu.softirq = True
