@@ -55,6 +55,7 @@ def ingest_text(done: Ingested) -> str:
         f"{len(m['cpus'])} CPUs, {m['events']:,} canonical events",
         f"  clock    {_clock(m['clock'])}",
         f"  bytes    {m['bytes']['parsed']:,} parsed, {m['bytes']['skipped']:,} skipped of {m['bytes']['total']:,}",
+        *(f"  {line}" for line in _together(m)),
     ]
     if done.gaps:
         lines.append(f"  gaps     {len(done.gaps)}: {_gap_summary(done.gaps)}")
@@ -70,6 +71,22 @@ def _clock(clock: Mapping[str, Any]) -> str:
         return f"unknown frequency, times stay in ticks ({clock['doc']}); give --cpu-hz"
     error = f", +-{clock['error_ppm']:.2g} ppm" if clock.get("error_ppm") is not None else ""
     return f"{clock['hz'] / 1e6:.3f} MHz from {clock['origin']}{error}"
+
+
+def _together(manifest: Mapping[str, Any]) -> list[str]:
+    """How the clocks of several recordings were tied together; nothing for one."""
+    lines = []
+    for source in manifest["inputs"] if len(manifest["inputs"]) > 1 else ():
+        clock = source["clock"]
+        words = [f"{clean(source['source'])}: {source['records']:,} records, {clock['kind']}"]
+        if source["domain"] is not None:
+            words.append(f"of d{source['domain']}")
+        if clock["offset_ticks"]:
+            words.append(f"{clock['offset_ticks'] / 1e6:+,.3f} million ticks")
+        if clock["uncertainty_ns"]:
+            words.append(f"known to {clock['uncertainty_ns'] / 1000:,.1f} us")
+        lines.append(f"source   {', '.join(words)}" + (f" ({clean(clock['how'])})" if clock["how"] else ""))
+    return lines
 
 
 def _gap_summary(gaps: Sequence[Mapping[str, Any]]) -> str:
@@ -117,10 +134,10 @@ def info_text(dataset: Dataset) -> str:
     d = info_document(dataset)
     unit = d["clock"]["unit"]
     span = d["span"]
-    source = d["inputs"][0]
     lines = [
-        f"{clean(str(source['name']))}  ({source['format']}, {source['bytes']:,} bytes)",
-        f"sha256    {source['sha256']}",
+        *(f"{clean(str(s['name']))}  ({s['format']}, {s['bytes']:,} bytes)" for s in d["inputs"]),
+        *(f"sha256    {s['sha256']}" for s in d["inputs"]),
+        *_together(dataset.manifest),
         f"span      {_seconds(span['t1_ns'] - span['t0_ns'], unit)}, {span['records']:,} records",
         f"CPUs      {', '.join(map(str, d['cpus']))}",
         f"domains   {_domains(d['domains'])}",

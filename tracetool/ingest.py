@@ -14,24 +14,50 @@ import pyarrow.compute as pc
 from parsers.formats import FORMATS, reader_class, sniff
 from parsers.open import Opened, open_recording
 from parsers.recording import Gap, Note, Reader, ReadOptions, RecordingError
-from replay.binding.base import Bound, Context
+from replay.binding.base import Bound, Context, Records
 from replay.declare import UsageError
 from replay.events import SCHEMA
 from tracetool import __version__
-from tracetool.store import Dataset, DatasetWriter
+from tracetool.store import DatasetWriter
 
-__all__ = ["IngestOptions", "Ingested", "ingest"]
+__all__ = [
+    "IngestOptions",
+    "Ingested",
+    "Offset",
+    "bind",
+    "compressed_end",
+    "describe_input",
+    "ingest",
+    "label_of",
+    "make_reader",
+    "parse_offset",
+    "store_records",
+]
 
 #: Binding module for each format; a format without one has record tables but no canonical events.
 BINDINGS: Final[Mapping[str, str]] = {
     "xentrace": "replay.binding.xentrace",
     "xenalyze": "replay.binding.xentrace",
     "xentrace_format": "replay.binding.xentrace",
+    "trace.dat": "replay.binding.linux",
+    "ftrace": "replay.binding.linux",
+    "trace-cmd-report": "replay.binding.linux",
+    "perf-script": "replay.binding.linux",
+    "systrace": "replay.binding.linux",
     "qemu": "replay.binding.qemu",
 }
 
 #: Called with (what, bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """What is added to the stamps of a recording to get those of the reference: `amount` ns, or ticks of its TSC."""
+
+    label: str
+    amount: int
+    ticks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +68,40 @@ class IngestOptions:
     xen_version: tuple[int, int] | None = None
     format: str | None = None
     hpet_irqs: tuple[int, ...] = ()
+    #: Event name to canonical kind or probed symbol, for names that say nothing (see replay.binding.linux_probes).
+    event_map: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     force: bool = False
     command: str = ""
+    #: What to add to the stamps of recordings that are merged with another.
+    offsets: tuple[Offset, ...] = ()
+
+
+_TIME_UNITS: Final = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9}
+
+
+def parse_offset(text: str) -> Offset:
+    """`guest.dat=-95888000000` (ticks), `guest.dat=+12.5ms` (or s, us, ns); UsageError for anything else."""
+    label, equals, value = text.rpartition("=")
+    number, scale = value, 0
+    for suffix in ("ns", "us", "ms", "s"):
+        if value.endswith(suffix):
+            number, scale = value[: -len(suffix)], _TIME_UNITS[suffix]
+            break
+    try:
+        amount = round(float(number) * scale) if scale and "." in number else int(number) * (scale or 1)
+    except (ValueError, OverflowError):
+        amount = 1 << 70
+    if not equals or not label or abs(amount) >= 1 << 62:
+        raise UsageError(f"--offset wants NAME=TICKS or NAME=TIME such as guest.dat=-12.5ms, not {text!r}")
+    return Offset(label, amount, not scale)
+
+
+class _FrequencyFound(Exception):
+    """The records of a recording whose clock ticks tell the frequency: read it again with that."""
+
+    def __init__(self, hz: float) -> None:
+        super().__init__(hz)
+        self.hz = hz
 
 
 @dataclass(slots=True)
@@ -66,25 +124,43 @@ def ingest(
     cases nothing is left behind. Damage inside a recording becomes gaps and notes.
     """
     if len(recordings) != 1:
-        raise UsageError("one recording at a time; several on a common clock cannot be merged yet")
+        from tracetool.merge import merge_recordings
+
+        return merge_recordings(recordings, target, options, progress)
     name = recordings[0]
+    if options.offsets:
+        raise UsageError("--offset ties several recordings together; there is only one")
     try:
-        return _ingest(name, target, options, progress)
+        try:
+            return _ingest(name, target, options, progress)
+        except _FrequencyFound as found:
+            return _ingest(name, target, options, progress, found.hz)
     except RecordingError as error:
         raise RecordingError(f"{name}: offset {error.offset}: {error}", offset=error.offset) from error
 
 
-def _ingest(name: str, target: Path, options: IngestOptions, progress: Progress | None) -> Ingested:
+def _ingest(
+    name: str, target: Path, options: IngestOptions, progress: Progress | None, derived: float | None = None
+) -> Ingested:
     with DatasetWriter(target, force=options.force) as writer:
         opened = open_recording(name)
-        reader = _reader(opened, options)
-        extent = _store(reader, opened, writer, progress)
+        label = label_of(opened)
+        reader = make_reader(opened, options, label, cpu_hz=derived)
+        extent = store_records(reader, opened, writer, progress, label)
         dataset = writer.close_records()
-        manifest = {**_manifest(reader, opened, options), **extent}
+        if derived is None and name != "-":  # stdin cannot be read again
+            hz = _frequency(reader, dataset)
+            if hz is not None:
+                raise _FrequencyFound(hz)
+        manifest = {**describe_input(reader, opened, options), **extent}
+        if derived is not None:
+            manifest["clock"]["origin"] = "timer:hrtimer_expire_entry against CLOCK_MONOTONIC"
+            text = f"the clock ticks at {derived:.0f} Hz by its own timer records; --cpu-hz states another"
+            writer.add_note(Note("clock-derived", "info", text), label)
         if opened.truncated:
-            _compressed_end(writer, opened)
+            compressed_end(writer, opened, label)
             dataset = writer.close_records()
-        bound = _bind(reader, dataset, _label(opened), options, writer.gaps)
+        bound = bind(reader, dataset, label, options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
         batches = _reported(bound.batches, progress, manifest["span"]["records"])
@@ -94,8 +170,18 @@ def _ingest(name: str, target: Path, options: IngestOptions, progress: Progress 
         return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
 
 
-def _reader(opened: Opened, options: IngestOptions) -> Reader:
-    """The reader for what the bytes look like, or for what the user says they are."""
+def _frequency(reader: Reader, dataset: Records) -> float | None:
+    """Ticks a second of a recording whose reader could not tell, from its records; None if they do not say."""
+    if reader.clock.unit != "ticks":
+        return None
+    module = import_module(BINDINGS[reader.format]) if reader.format in BINDINGS else None
+    clock_hz = getattr(module, "clock_hz", None)
+    hz: float | None = clock_hz(dataset) if clock_hz is not None else None
+    return hz
+
+
+def make_reader(opened: Opened, options: IngestOptions, label: str, *, cpu_hz: float | None = None) -> Reader:
+    """The reader for what the bytes look like, or for what the user says they are; `cpu_hz` when another tells it."""
     if opened.size == 0:
         raise RecordingError("empty, expected a recording; nothing was written")
     head = opened.head()
@@ -108,18 +194,19 @@ def _reader(opened: Opened, options: IngestOptions) -> Reader:
         raise RecordingError(f"expected a recording of a known format, found {head[:12]!r}; nothing was written")
     return cls(
         opened.stream,
-        ReadOptions(source=_label(opened), cpu_hz=options.cpu_hz, xen_version=options.xen_version),
+        ReadOptions(source=label, cpu_hz=cpu_hz or options.cpu_hz, xen_version=options.xen_version),
     )
 
 
-def _label(opened: Opened) -> str:
+def label_of(opened: Opened) -> str:
     """What a recording is called in tables and reports: its file name without the folder."""
     return Path(opened.name).name if opened.name != "-" else "stdin"
 
 
-def _store(reader: Reader, opened: Opened, writer: DatasetWriter, progress: Progress | None) -> dict[str, Any]:
+def store_records(
+    reader: Reader, opened: Opened, writer: DatasetWriter, progress: Progress | None, source: str
+) -> dict[str, Any]:
     """Write all chunks; returns `span` (first and last time, number of records) and `cpus`."""
-    source = _label(opened)
     starts: list[int] = []
     ends: list[int] = []
     cpus: set[int] = set()
@@ -154,16 +241,22 @@ def _ns(reader: Reader, stamp: int | None) -> int | None:
     return ticks if reader.clock.hz is None else int(ticks * 10**9 // int(reader.clock.hz))
 
 
-def _compressed_end(writer: DatasetWriter, opened: Opened) -> None:
-    source = _label(opened)
+def compressed_end(writer: DatasetWriter, opened: Opened, source: str) -> None:
+    """The gap and the note of a compressed file that stops in the middle."""
     text = opened.truncated or ""
     writer.add_gap(Gap("truncated", None, None, None, opened.size, text=text), source, None, None)
     writer.add_note(Note("compressed-truncated", "error", text, offset=opened.size), source)
 
 
-def _bind(
-    reader: Reader, dataset: Dataset, source: str, options: IngestOptions, gaps: Sequence[Mapping[str, Any]]
+def bind(
+    reader: Reader,
+    dataset: Records,
+    source: str,
+    options: IngestOptions,
+    gaps: Sequence[Mapping[str, Any]],
+    known: Mapping[str, Any] | None = None,
 ) -> Bound:
+    """Canonical events of one recording's tables; `known` is what other recordings of the machine say."""
     module = BINDINGS.get(reader.format)
     if module is None:
         return Bound({}, {"binding": f"format {reader.format} has no binding to the models yet"}, iter(()))
@@ -173,7 +266,7 @@ def _bind(
         unit=reader.clock.unit,
         hz=reader.clock.hz,
         gaps=gaps,
-        options={"hpet_irqs": options.hpet_irqs},
+        options={"hpet_irqs": options.hpet_irqs, "event_map": options.event_map, **(known or {})},
     )
     bound: Bound = import_module(module).bind(dataset, context)
     return bound
@@ -186,7 +279,8 @@ def _reported(batches: Iterable[pa.Table], progress: Progress | None, rows: int)
         yield batch
 
 
-def _manifest(reader: Reader, opened: Opened, options: IngestOptions) -> dict[str, Any]:
+def describe_input(reader: Reader, opened: Opened, options: IngestOptions) -> dict[str, Any]:
+    """What the manifest says of a recording."""
     clock = reader.clock
     account = reader.accounting
     return {
@@ -194,8 +288,8 @@ def _manifest(reader: Reader, opened: Opened, options: IngestOptions) -> dict[st
         "command": options.command,
         "inputs": [
             {
-                "name": _label(opened),
-                "source": _label(opened),
+                "name": label_of(opened),
+                "source": label_of(opened),
                 "format": reader.format,
                 "compression": opened.compression,
                 "sha256": opened.sha256,

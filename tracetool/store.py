@@ -160,6 +160,18 @@ class DatasetWriter:
         if writer.pending_rows >= ROW_GROUP or self.pending_bytes > PENDING_BYTES:
             self.flush()
 
+    def schema_of(self, name: str) -> pa.Schema:
+        """Schema of a record table that has rows."""
+        return self.writers[name].schema
+
+    def fits(self, name: str, schema: pa.Schema) -> bool:
+        """Whether rows of this schema can be appended to the table of that name, if there is one."""
+        return name not in self.writers or self.writers[name].schema.equals(schema)
+
+    def total_rows(self) -> int:
+        """Rows of all record tables so far."""
+        return sum(w.rows + w.pending_rows for w in self.writers.values())
+
     def flush(self) -> None:
         """Write what waits: all tables, or the big ones while small ones can wait."""
         floor = 4096 if self.pending_bytes > PENDING_BYTES else ROW_GROUP // 8

@@ -1,0 +1,271 @@
+"""Several recordings of one machine in one dataset, on one clock.
+
+Each recording is read by its own reader, with the frequency of the reference (the hypervisor's recording, else the
+first one whose frequency is known), and shifted by a constant: `align` says by how much and how well that is known.
+Record tables of equal names and columns are appended; where columns differ the table becomes NAME@SOURCE. `seq` is
+unique over all recordings and gives the order within one; over several of them `t_ns` does. Canonical events are
+merged by time, and their `seq` is the order of all.
+
+A guest's recording tells of its own CPUs: `cpu` is the vCPU there, its events get the guest's domain, and what it says
+of hardware (which is virtual) is kept in the record tables but not among the canonical events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from parsers.open import open_recording
+from replay.binding.base import Bound
+from replay.declare import UsageError
+from replay.events import SCHEMA
+from tracetool import ingest
+from tracetool.clocks import HYPERVISOR, Source, common_frequency, listed, named, on_tsc, place, reference_of
+from tracetool.ingest import Ingested, IngestOptions, Progress
+from tracetool.store import DatasetWriter
+from tracetool.streams import KEPT_OF_GUEST, merged
+
+__all__ = ["merge_recordings"]
+
+
+
+class _Shifted:
+    """The record tables of one recording on the common clock; `seq` is its own."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.records is not None
+        self.source = source
+        self.records = source.records
+
+    def tables(self) -> frozenset[str]:
+        """Names of the record tables."""
+        return self.records.tables()
+
+    def scan(self, name: str) -> pl.LazyFrame:
+        """One table."""
+        return self.records.scan(name).with_columns(
+            pl.col("t_ns") + self.source.delta_ns, pl.col("t_err_ns") + pl.lit(self.source.width_ns, pl.UInt32)
+        )
+
+
+def merge_recordings(
+    names: Sequence[str], target: Path, options: IngestOptions, progress: Progress | None = None
+) -> Ingested:
+    """Read several recordings into one dataset at `target`.
+
+    UsageError with the reason when they cannot be put on one clock; RecordingError when one cannot be read at all.
+    """
+    if len(set(names)) != len(names):
+        raise UsageError("the same recording is named twice")
+    with DatasetWriter(target, force=options.force) as writer, ExitStack() as stack:
+        sources = _open(names, options)
+        for offset in options.offsets:
+            if offset.label not in {s.label for s in sources}:
+                raise UsageError(f"--offset: no recording {offset.label!r}; there are {listed(sources)}")
+        reference = reference_of(sources)
+        hz = float(reference.reader.clock.hz or 0)
+        common_frequency(sources, reference, options, hz)
+        for source in sources:
+            _read(source, writer, stack, progress)
+        for source in sources:
+            if source is not reference:
+                place(source, reference, options, hz)
+        first = min(s.delta_ns for s in sources if s.rows)
+        for source in sources:
+            source.delta_ns -= first
+        for source in sources:
+            _copy(source, writer)
+        writer.close_records()
+        bounds = [_bind(source, sources, options) for source in sources]
+        manifest = _manifest(sources, reference, options, hz)
+        _say_what_binds(manifest, sources, bounds, reference)
+        streams = [_stream(source, bound) for source, bound in zip(sources, bounds, strict=True)]
+        manifest["events"] = writer.write_events(merged(streams), SCHEMA)
+        manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
+        writer.finish(manifest)
+        return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _open(names: Sequence[str], options: IngestOptions) -> list[Source]:
+    sources: list[Source] = []
+    for name in names:
+        with named(name):
+            opened = open_recording(name)
+            label = ingest.label_of(opened)
+            taken = {s.label for s in sources}
+            if label in taken:
+                label = f"{Path(name).parent.name}/{label}"
+            while label in taken:
+                label += "+"
+            sources.append(Source(label, opened, ingest.make_reader(opened, options, label)))
+    return sources
+
+
+def _read(source: Source, writer: DatasetWriter, stack: ExitStack, progress: Progress | None) -> None:
+    """All records into tables of their own, in the recording's own time."""
+    with named(source.opened.name):
+        part = stack.enter_context(DatasetWriter(writer.staging / "parts" / f"{len(source.label)}-{id(source):x}"))
+        source.part = part
+        source.extent = ingest.store_records(source.reader, source.opened, part, progress, source.label)
+        if source.opened.truncated:
+            ingest.compressed_end(part, source.opened, source.label)
+        source.records = part.close_records()
+
+
+# -- one dataset ---------------------------------------------------------------------------------------------------
+
+
+def _copy(source: Source, writer: DatasetWriter) -> None:
+    """Tables, gaps and notes into the common dataset, on the common clock."""
+    assert source.records is not None and source.part is not None
+    source.base = writer.total_rows()
+    for name in sorted(source.records.tables()):
+        file = pq.ParquetFile(source.records.table_path(name))
+        schema = source.part.schema_of(name)
+        target = name if writer.fits(name, schema) else f"{name}@{source.label}"
+        for group in range(file.num_row_groups):
+            writer.append(target, _shift(file.read_row_group(group), schema, source))
+    writer.gaps.extend(_shifted_gaps(source))
+    writer.notes.extend(source.part.notes)
+
+
+def _shifted_gaps(source: Source) -> list[dict[str, Any]]:
+    assert source.part is not None
+
+    def moved(t: int | None) -> int | None:
+        return None if t is None else t + source.delta_ns
+
+    return [{**gap, "t0_ns": moved(gap["t0_ns"]), "t1_ns": moved(gap["t1_ns"])} for gap in source.part.gaps]
+
+
+def _shift(table: pa.Table, schema: pa.Schema, source: Source) -> pa.Table:
+    """A row group with common `seq`, `t_ns` and `t_err_ns`."""
+    frame = pl.from_arrow(table.select(["seq", "t_ns", "t_err_ns"]))
+    assert isinstance(frame, pl.DataFrame)
+    frame = frame.select(
+        pl.col("seq") + source.base,
+        pl.col("t_ns") + source.delta_ns,
+        pl.col("t_err_ns") + pl.lit(source.width_ns, pl.UInt32),
+    )
+    for name in frame.columns:
+        table = table.set_column(table.schema.get_field_index(name), schema.field(name), frame[name].to_arrow())
+    return table.cast(schema)
+
+
+def _bind(source: Source, sources: Sequence[Source], options: IngestOptions) -> Bound:
+    """Canonical events of one recording; the hypervisor's binding is told what its guests' recordings show."""
+    guests = [
+        {"records": _Shifted(s), "dom": s.dom, "vector": s.match.vector if s.match else None, "label": s.label}
+        for s in sources
+        if s.is_guest and source.reader.format in HYPERVISOR
+    ]
+    given: dict[str, Any] = {"guests": guests} if guests else {}
+    if source.dom is not None:
+        given["dom"] = source.dom
+    return ingest.bind(source.reader, _Shifted(source), source.label, options, _shifted_gaps(source), given)
+
+
+def _stream(source: Source, bound: Bound) -> Iterator[pa.Table]:
+    """The events of one recording with common sequence numbers; of a guest, what is its own."""
+    for batch in bound.batches:
+        numbers = pl.Series(batch["src_seq"]) + source.base
+        batch = batch.set_column(batch.schema.get_field_index("src_seq"), SCHEMA.field("src_seq"), numbers.to_arrow())
+        if source.dom is not None:
+            batch = _of_guest(batch, source.dom)
+        if batch.num_rows:
+            yield batch
+
+
+def _of_guest(batch: pa.Table, dom: int) -> pa.Table:
+    """Events of a guest's kernel: only those of its own software, with its domain; its losses are on no real CPU."""
+    frame = pl.from_arrow(batch.select(["sys", "kind", "cpu", "dom"]))
+    assert isinstance(frame, pl.DataFrame)
+    keep = frame.select(pl.col("sys").cast(pl.String).is_in(list(KEPT_OF_GUEST))).to_series()
+    lost = pl.col("kind").cast(pl.String) == "trace.lost"
+    frame = frame.select(
+        cpu=pl.when(lost).then(None).otherwise(pl.col("cpu")),
+        dom=pl.when(lost).then(None).otherwise(pl.lit(dom, pl.UInt16)),
+    )
+    for name in frame.columns:
+        field_ = SCHEMA.field(name)
+        batch = batch.set_column(batch.schema.get_field_index(name), field_, frame[name].to_arrow().cast(field_.type))
+    return batch.filter(keep.to_arrow())
+
+
+def _say_what_binds(
+    manifest: dict[str, Any], sources: Sequence[Source], bounds: Sequence[Bound], reference: Source
+) -> None:
+    """Facts and observations of all: the reference's word first; a guest cannot speak of the machine's hardware."""
+    from replay.events import KIND_ID, KINDS
+
+    observed: dict[str, dict[str, Any]] = {}
+    facts: dict[str, Any] = {}
+    pairs = sorted(zip(sources, bounds, strict=True), key=lambda pair: pair[0] is not reference)
+    for source, bound in pairs:
+        for kind, seen in sorted(bound.observed.items()):
+            if source.is_guest and KINDS[KIND_ID[kind]].sys not in KEPT_OF_GUEST:
+                continue
+            how = f"{source.label}: {seen.how}" if source is not reference else seen.how
+            if kind not in observed or observed[kind]["conf"] < seen.conf:
+                observed[kind] = {"conf": seen.conf, "how": how}
+        for key, value in bound.facts.items():
+            if key == "binding" and any(b.observed for b in bounds):
+                continue
+            if key not in facts or (isinstance(facts[key], str) and not isinstance(value, str)):
+                facts[key] = value
+    manifest["observed"] = dict(sorted(observed.items()))
+    manifest["facts"] = facts
+
+
+def _manifest(sources: Sequence[Source], reference: Source, options: IngestOptions, hz: float) -> dict[str, Any]:
+    """The reference's manifest with the inputs of all, and for each how its clock was tied to the common one."""
+    manifest = ingest.describe_input(reference.reader, reference.opened, options)
+    counts: dict[str, int] = {}
+    for source in sources:
+        for name, n in source.reader.counts.items():
+            counts[name] = counts.get(name, 0) + n
+    manifest["counts"] = dict(sorted(counts.items()))
+    accounts = [s.reader.accounting for s in sources]
+    manifest["bytes"] = {key: sum(getattr(a, key) for a in accounts) for key in ("total", "parsed", "skipped")}
+    manifest["inputs"] = [_input(s, reference, options, hz) for s in sources]
+    manifest["clock"]["offsets"] = {i["source"]: i["clock"] for i in manifest["inputs"]}
+    manifest["span"] = {
+        "t0_ns": min(s.extent["span"]["t0_ns"] + s.delta_ns for s in sources if s.rows),
+        "t1_ns": max(s.extent["span"]["t1_ns"] + s.delta_ns for s in sources if s.rows),
+        "records": sum(s.rows for s in sources),
+    }
+    # CPUs of a guest are vCPUs: the machine's are those of whoever is no guest.
+    manifest["cpus"] = sorted({c for s in sources if not s.is_guest for c in s.extent["cpus"]})
+    return manifest
+
+
+def _input(source: Source, reference: Source, options: IngestOptions, hz: float) -> dict[str, Any]:
+    clock = source.reader.clock
+    apart = source.delta_ns - reference.delta_ns
+    ticks = None
+    if on_tsc(source) and on_tsc(reference):
+        # Ticks that the reference's TSC is ahead of this one.
+        ticks = round(apart * hz / 1e9) + reference.reader.clock.tsc0 - clock.tsc0
+    entry = dict(ingest.describe_input(source.reader, source.opened, options)["inputs"][0])
+    entry.update(
+        source=source.label,
+        records=source.rows,
+        seq=[source.base, source.base + source.rows],
+        cpus=source.extent["cpus"],
+        domain=source.dom,
+        span={k: source.extent["span"][k] + source.delta_ns for k in ("t0_ns", "t1_ns")},
+        clock={
+            "kind": source.kind, "how": source.how, "shift_ns": source.delta_ns, "offset_ticks": ticks,
+            "uncertainty_ns": source.width_ns, "stamps": clock.kind, "tsc0": clock.tsc0, "doc": clock.doc,
+        },
+    )  # fmt: skip
+    return entry
