@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, Final
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -222,28 +222,35 @@ SCHEMA: Final = pa.schema(
 _NULL: Final[Mapping[str, int]] = {"val": NIL, "val2": NIL}
 
 
+#: Rows that are turned into Python integers at a time.
+_STRIDE: Final = 4096
+_KIND: Final = pl.Enum([kind.name for kind in KINDS])
+
+
 def rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
     """Rows of a canonical event table as tuples of plain integers, nulls as NONE/NIL, `kind` as KIND_ID.
 
-    Fed by `zip` over memoryviews, about ten times faster than `to_pylist`.
+    Columns become lists a stretch at a time, and one that is all null costs next to nothing: several times faster
+    than `to_pylist`, in bounded memory.
     """
     frame = pl.from_arrow(table.select(list(columns)))
     assert isinstance(frame, pl.DataFrame)
-    views: list[Any] = []
+    feeds: list[Any] = []  # an array, or the one value of a column that is all null
     for name in columns:
         series = frame[name]
         if name == "kind":
-            known = list(KIND_ID)
-            array = (
-                series.cast(pl.String)
-                .replace_strict(known, list(range(len(known))), return_dtype=pl.Int64)
-                .to_numpy()
-            )
+            feeds.append(series.cast(_KIND).to_physical().to_numpy())
+        elif series.null_count() == len(series):
+            feeds.append(_NULL.get(name, NONE))
+        elif series.null_count():
+            feeds.append(series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy())
         else:
-            array = series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy()
-        contiguous: Any = np.ascontiguousarray(array, dtype=np.int64)
-        views.append(memoryview(contiguous))
-    return zip(*views, strict=True)
+            feeds.append(series.to_numpy())
+    stretches = (
+        zip(*(repeat(f, _STRIDE) if isinstance(f, int) else f[lo : lo + _STRIDE].tolist() for f in feeds), strict=False)
+        for lo in range(0, len(frame), _STRIDE)
+    )
+    return chain.from_iterable(stretches)
 
 
 def events_from_json(events: Iterable[Mapping[str, Any]], *, src: str = "scenario") -> pa.Table:

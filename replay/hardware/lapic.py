@@ -10,9 +10,11 @@ from typing import Final
 
 from replay.knowledge import UNKNOWN
 
-__all__ = ["VECTORS", "LocalApic", "vector_class"]
+__all__ = ["VECTORS", "VECTOR_BIT", "LocalApic", "vector_class"]
 
 VECTORS: Final = 256
+#: A vector's bit in IRR and TMR.
+VECTOR_BIT: Final[tuple[int, ...]] = tuple(1 << vector for vector in range(VECTORS))
 #: Vectors below this are reserved for exceptions; accepting one is illegal (L1).
 FIRST_LEGAL_VECTOR: Final = 16
 #: A class above all: nothing is known of any in-service vector.

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Final
 
 from replay.agenda import SOFTWARE
 from replay.declare import Config
-from replay.events import KIND_ID, NIL, NONE
+from replay.events import INF, KIND_ID, NIL, NONE
 from replay.hardware.ioapic import Pin
-from replay.hardware.lapic import VECTORS
+from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
 from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.apic.hpet_block_monitor import RTC_PIN, HpetBlockMonitor
@@ -48,10 +48,11 @@ HPET_FIRE: Final = KIND_ID["hwhpet.fire"]
 
 # Actions of the agenda.
 EOI_LIMIT: Final = 1
-IRR_LIMIT: Final = 2
+IRR_LIMIT: Final = 2  # of a vector that could not be delivered when its time was up
+IRR_WATCH: Final = 3  # of a processor's oldest request
 
 #: In place of a vector: an EOI of something delivered before the recording began.
-UNSEEN: Final = 0x100
+UNSEEN: Final = VECTORS
 #: Confidence of "ISR is empty" when that was concluded from the vCPU halting (a handler does not halt).
 CONF_FROM_HALT: Final = 80
 
@@ -71,12 +72,9 @@ class ApicMachine(Machine):
         self.monitor = LapicMonitor(sink, config.integer("nesting_limit"), config.integer("t_err_ns"))
         self.processors: dict[int, Processor] = {}
         self.by_serial: list[Processor] = []
-        self.serials: dict[int, int] = {}
         self.on_cpu: dict[int, int] = {}  # which vCPU runs on a physical CPU, for taint
         self.started = False
         self.born: set[int] = set()  # domains created in the recording: their LAPICs start empty
-        self.deliveries: dict[int, int] = {}
-        self.eois: dict[int, int] = {}
         self.irr_coalesced = 0
         self.exits_traced = True
         self.config = config
@@ -92,50 +90,108 @@ class ApicMachine(Machine):
     # -- event glue --------------------------------------------------------------------------------------------
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
+        """The event glue. Request, delivery and EOI on a processor that serves nothing else are taken here; they do
+        exactly what `accept`, `deliver` and `eoi` do then. Everything else goes to `event`."""
         if not self.started:
             self.start()
         if self.lockstep is not None:
             rows = self.lockstep.watch(rows)
         heap = self.agenda.heap
         processors = self.processors
+        simple = not self.ioapics  # no pin waits to hear of deliveries and EOIs
+        accepts_seen = self.monitor.accepts_seen
+        exits_traced = self.exits_traced
+        unwatched = not (self.irr_stuck_ns and accepts_seen)
+        spurious = self.spurious_vector
+        accept, deliver, eoi, bits = ACCEPT, DELIVER, EOI, VECTOR_BIT
+        t = self.now
         for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, val2, flags in rows:
-            if heap:
+            if heap and heap[0][0] <= t:
                 self.advance(t)
-            else:
-                self.now = t
-            if IOAPIC_LINE <= kind <= HPET_FIRE:
-                self.block(kind, seq, dom, obj, tgt, val, val2)
-                continue
             key = dom << 16 | vcpu if dom >= 0 else -1 - cpu
-            p = processors.get(key)
-            if p is None:
-                p = self.discover(key, cpu, dom, vcpu)
-            if kind == DELIVER:
-                self.deliver(p, key, obj, seq)
-            elif kind == EOI:
-                self.eoi(p, key, obj, seq)
-            elif kind == ACCEPT:
-                self.accept(p, key, obj, bool(flags & 1), seq)
-            elif kind == EXIT:
-                self.exit(p, key, obj, seq)
-                if val != NIL and dom in self.ioapics:
-                    self.ioapics[dom].handler_returned(obj, val)
-            elif kind == RUN:
-                self.run(p, key, cpu)
-            elif kind == STOP:
-                p.running = 0
-                self.on_cpu.pop(cpu, 0)
-            elif kind == IDLE:
-                self.idle(p)
-            elif kind == TPR:
-                p.lapic.tpr = val
-                p.deliverable_since = t
-            elif kind == RESET:
-                self.reset(p, dom, vcpu)
-            elif kind == SNAPSHOT:
-                self.snapshot(p, obj, tgt, val)
-            elif kind == LOST:
-                self.taint(cpu, val, t)
+            if simple and (p := processors.get(key)) is not None:
+                lapic = p.lapic
+                isr = lapic.isr
+                if kind == deliver:
+                    if not isr and not p.frames and FIRST_LEGAL_VECTOR <= obj < VECTORS and obj != spurious:
+                        irr = lapic.irr
+                        if irr == bits[obj] or (not irr and not accepts_seen):
+                            lapic.irr = 0
+                            isr.append(obj)
+                            if obj >> 4 < lapic.isr_unknown_below:
+                                lapic.isr_unknown_below = obj >> 4
+                            p.requested_at.clear()
+                            p.frames.append((obj, t))
+                            p.recent.append((t, seq, obj))
+                            p.deliveries[obj] += 1
+                            continue
+                elif kind == eoi:
+                    if len(isr) == 1 and (obj < 0 or obj == isr[0]):
+                        vector = isr[0]
+                        if exits_traced or (len(p.frames) == 1 and p.frames[0][0] == vector):
+                            isr.clear()
+                            if not exits_traced:
+                                p.frames.clear()
+                            p.recent.append((t, seq, -1))
+                            p.deliverable_since = t
+                            p.eois[vector] += 1
+                            continue
+                elif (
+                    kind == accept
+                    and not lapic.irr
+                    and not lapic.tmr
+                    and not flags & 1
+                    and FIRST_LEGAL_VECTOR <= obj < VECTORS
+                    and (p.watched or unwatched or dom < 0)
+                ):
+                    bit = bits[obj]
+                    lapic.irr = bit
+                    if not lapic.irr_known & bit:
+                        lapic.irr_known |= bit
+                    p.requested_at[obj] = t
+                    continue
+            self.now = t
+            self.event(kind, seq, key, cpu, dom, vcpu, obj, tgt, val, val2, flags)
+            simple = not self.ioapics
+        self.now = t
+
+    def event(
+        self, kind: int, seq: int, key: int, cpu: int, dom: int, vcpu: int, obj: int, tgt: int, val: int, val2: int,
+        flags: int,
+    ) -> None:  # fmt: skip
+        """Any event at `self.now`."""
+        if IOAPIC_LINE <= kind <= HPET_FIRE:
+            self.block(kind, seq, dom, obj, tgt, val, val2)
+            return
+        p = self.processors.get(key)
+        if p is None:
+            p = self.discover(key, cpu, dom, vcpu)
+        if kind == DELIVER:
+            self.deliver(p, obj, seq)
+        elif kind == EOI:
+            self.eoi(p, obj, seq)
+        elif kind == ACCEPT:
+            self.accept(p, obj, bool(flags & 1), seq)
+        elif kind == EXIT:
+            self.exit(p, obj, seq)
+            if val != NIL and dom in self.ioapics:
+                self.ioapics[dom].handler_returned(obj, val)
+        elif kind == RUN:
+            self.run(p, cpu)
+        elif kind == STOP:
+            p.running = 0
+            self.on_cpu.pop(cpu, 0)
+        elif kind == IDLE:
+            self.idle(p)
+        elif kind == TPR:
+            p.lapic.tpr = val
+            p.deliverable_since = self.now
+        elif kind == RESET:
+            self.reset(p, dom, vcpu)
+        elif kind == SNAPSHOT:
+            self.snapshot(p, obj, tgt, val)
+        elif kind == LOST:
+            self.taint(cpu, val, self.now)
 
     def start(self) -> None:
         """What the recording can show decides which rules may speak."""
@@ -151,6 +207,8 @@ class ApicMachine(Machine):
     def discover(self, key: int, cpu: int, dom: int, vcpu: int) -> Processor:
         """First event of a CPU or vCPU."""
         p = Processor(
+            key,
+            len(self.by_serial),
             NONE if dom >= 0 else cpu,
             dom,
             vcpu,
@@ -158,13 +216,12 @@ class ApicMachine(Machine):
             spurious_vector=self.spurious_vector,
         )
         self.processors[key] = p
-        self.serials[key] = len(self.by_serial)
         self.by_serial.append(p)
         return p
 
     # -- transitions -------------------------------------------------------------------------------------------
 
-    def accept(self, p: Processor, key: int, vector: int, level: bool, seq: int) -> None:
+    def accept(self, p: Processor, vector: int, level: bool, seq: int) -> None:
         """L1: set IRR; a request that is already there is absorbed."""
         if self.monitor.illegal(p, vector, self.now, seq):
             return
@@ -172,10 +229,11 @@ class ApicMachine(Machine):
             self.irr_coalesced += 1
             return
         p.requested_at[vector] = self.now
-        if self.irr_stuck_ns and p.dom >= 0 and self.monitor.accepts_seen:
-            self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, self.serials[key], vector, p.generation)
+        if self.irr_stuck_ns and p.dom >= 0 and self.monitor.accepts_seen and not p.watched:
+            p.watched = True
+            self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_WATCH, p.serial, 0, p.generation)
 
-    def deliver(self, p: Processor, key: int, vector: int, seq: int) -> None:
+    def deliver(self, p: Processor, vector: int, seq: int) -> None:
         """L3: IRR to ISR, and a frame on the stack."""
         t = self.now
         self.monitor.delivering(p, vector, t, seq)
@@ -183,21 +241,19 @@ class ApicMachine(Machine):
         p.requested_at.pop(vector, 0)
         p.frames.append((vector, t))
         p.recent.append((t, seq, vector))
-        counter = key << 9 | vector
-        self.deliveries[counter] = self.deliveries.get(counter, 0) + 1
+        p.deliveries[vector if 0 <= vector < VECTORS else UNSEEN] += 1
         self.monitor.entered(p, vector, t, seq)
         if p.dom in self.ioapics:
             self.ioapics[p.dom].delivered(vector)
 
-    def eoi(self, p: Processor, key: int, named: int, seq: int) -> int:
+    def eoi(self, p: Processor, named: int, seq: int) -> int:
         """L4: dismiss the highest vector in service; returns it (NONE if none is known)."""
         t = self.now
         self.monitor.eoi(p, named, t, seq)
         vector = p.lapic.eoi()
         p.recent.append((t, seq, -1))
         p.deliverable_since = t
-        counter = key << 9 | (vector if vector >= 0 else UNSEEN)
-        self.eois[counter] = self.eois.get(counter, 0) + 1
+        p.eois[vector if 0 <= vector < VECTORS else UNSEEN] += 1
         if not self.exits_traced and vector >= 0:
             # Without exit records the EOI is the only sign that a handler ends.
             p.frames = [frame for frame in p.frames if frame[0] != vector]
@@ -205,7 +261,7 @@ class ApicMachine(Machine):
             self.request(p.dom, self.ioapics[p.dom].dismissed(vector if vector >= 0 else named, t, seq), seq)
         return vector
 
-    def exit(self, p: Processor, key: int, vector: int, seq: int) -> None:
+    def exit(self, p: Processor, vector: int, seq: int) -> None:
         """L5: the handler returned; its ISR bit may outlive it (L6)."""
         self.monitor.exiting(p, vector, self.now, seq)
         for index in range(len(p.frames) - 1, -1, -1):
@@ -213,14 +269,14 @@ class ApicMachine(Machine):
                 del p.frames[index]
                 break
         if vector in p.lapic.isr:
-            self.agenda.at(self.now + self.eoi_overdue_ns, SOFTWARE, EOI_LIMIT, self.serials[key], vector, p.generation)
+            self.agenda.at(self.now + self.eoi_overdue_ns, SOFTWARE, EOI_LIMIT, p.serial, vector, p.generation)
 
-    def run(self, p: Processor, key: int, cpu: int) -> None:
+    def run(self, p: Processor, cpu: int) -> None:
         """A vCPU starts to run on a CPU."""
         if p.running != 1:
             p.deliverable_since = self.now
         p.running = 1
-        self.on_cpu[cpu] = key
+        self.on_cpu[cpu] = p.key
 
     def idle(self, p: Processor) -> None:
         """U4: a halted vCPU is in no handler, so nothing unseen is in service."""
@@ -237,7 +293,7 @@ class ApicMachine(Machine):
         p.frames.clear()
         p.frames_known = True
         p.requested_at.clear()
-        p.generation += 1
+        p.new_generation()
         p.conf = 100
 
     def snapshot(self, p: Processor, register: int, word: int, bits: int) -> None:
@@ -297,7 +353,7 @@ class ApicMachine(Machine):
             if pin.dest >= 0 and pin.logical != 1:
                 key = dom << 16 | pin.dest if dom >= 0 else -1 - pin.dest
                 p = self.processors.get(key) or self.discover(key, pin.dest, dom, pin.dest if dom >= 0 else NONE)
-                self.accept(p, key, pin.vector, pin.level == 1, seq)
+                self.accept(p, pin.vector, pin.level == 1, seq)
 
     def conclude(self, t_end: int) -> None:
         if self.lockstep is not None:
@@ -318,9 +374,25 @@ class ApicMachine(Machine):
             if b in p.lapic.isr and not any(v == b for v, _ in p.frames):
                 self.monitor.overdue(p, b, self.now, self.now - self.eoi_overdue_ns)
         elif action == IRR_LIMIT:
-            self.irr_limit(p, a, b)
+            self.irr_limit(p, b)
+        elif action == IRR_WATCH:
+            self.irr_watch(p)
 
-    def irr_limit(self, p: Processor, serial: int, vector: int) -> None:
+    def irr_watch(self, p: Processor) -> None:
+        """The oldest request's time is up, if it was not served. One entry at a time stands for all requests."""
+        p.watched = False
+        oldest = INF
+        for vector, since in list(p.requested_at.items()):
+            due = since + self.irr_stuck_ns
+            if due > self.now:
+                oldest = min(oldest, due)
+            elif due == self.now:
+                self.irr_limit(p, vector)
+        if oldest < INF:
+            p.watched = True
+            self.agenda.at(oldest, SOFTWARE, IRR_WATCH, p.serial, 0, p.generation)
+
+    def irr_limit(self, p: Processor, vector: int) -> None:
         """Still requested: count only the time in which it could have been delivered."""
         if not p.lapic.irr >> vector & 1 or vector not in p.requested_at:
             return
@@ -329,9 +401,9 @@ class ApicMachine(Machine):
             if self.now - since >= self.irr_stuck_ns:
                 self.monitor.stuck(p, vector, self.now, since)
                 return
-            self.agenda.at(since + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, serial, vector, p.generation)
+            self.agenda.at(since + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, vector, p.generation)
             return
-        self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, serial, vector, p.generation)
+        self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, vector, p.generation)
 
     # -- ignorance ---------------------------------------------------------------------------------------------
 
@@ -341,6 +413,8 @@ class ApicMachine(Machine):
             if p.dom >= 0 or cpu in (NONE, NIL) or key == -1 - cpu:
                 p.forget()
         self.on_cpu.clear()
+        self.from_boot = False  # who has not appeared yet may have lost records as well
+        self.born.clear()
         for ioapic in self.ioapics.values():
             ioapic.forget()
         self.hpet.forget()
@@ -348,22 +422,23 @@ class ApicMachine(Machine):
     # -- numbers -----------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, int]:
+        delivered = sum(sum(p.deliveries) for p in self.by_serial)
         result = {
-            "deliveries": sum(self.deliveries.values()),
-            "eois": sum(self.eois.values()),
+            "deliveries": delivered,
+            "eois": sum(sum(p.eois) for p in self.by_serial),
             "eois_unmatched": self.monitor.unmatched,
             "irr_coalesced": self.irr_coalesced,
             "in_service_at_end": sum(len(p.lapic.isr) for p in self.processors.values()),
-            "max_nesting": self.monitor.max_nesting,
+            "max_nesting": max(self.monitor.max_nesting, min(delivered, 1)),
             "ioapic_sends": sum(x.sends for x in self.ioapics.values()),
             "level_redeliveries": sum(x.level_redeliveries for x in self.ioapics.values()),
             **self.hpet.metrics(),
             **(self.lockstep.metrics() if self.lockstep is not None else {}),
         }
-        for name, counters in (("deliveries", self.deliveries), ("eois", self.eois)):
-            for counter, count in sorted(counters.items()):
-                p = self.processors[counter >> 9]
+        for name in ("deliveries", "eois"):
+            for p in sorted(self.by_serial, key=lambda p: p.key):
                 owner = f"d{p.dom}v{p.vcpu}" if p.dom >= 0 else f"cpu{p.cpu}"
-                vector = "unknown" if counter & UNSEEN else f"{counter & 0xFF:#04x}"
-                result[f"{name}.{owner}.{vector}"] = count
+                for vector, count in enumerate(p.deliveries if name == "deliveries" else p.eois):
+                    if count:
+                        result[f"{name}.{owner}.{'unknown' if vector == UNSEEN else f'{vector:#04x}'}"] = count
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from replay.events import NONE
-from replay.hardware.lapic import LocalApic, vector_class
+from replay.hardware.lapic import VECTORS, LocalApic, vector_class
 from replay.knowledge import UNKNOWN
 from replay.sink import Evidence
 
@@ -17,25 +17,33 @@ class Processor:
 
     `frames` are the handlers running, outermost first, as (vector, entry time in ns). `running` is 0, 1 or UNKNOWN.
     `conf` is the confidence of a statement about an empty ISR: lower once it was concluded from a halt.
+    `deliveries` and `eois` count by vector, the last entry those of which the vector is unknown.
     """
 
     __slots__ = (
-        "conf", "cpu", "deliverable_since", "dom", "frames", "frames_known", "generation", "lapic", "recent",
-        "requested_at", "running", "vcpu",
+        "conf", "cpu", "deliverable_since", "deliveries", "dom", "eois", "frames", "frames_known", "generation", "key",
+        "lapic", "recent", "requested_at", "running", "serial", "vcpu", "watched",
     )  # fmt: skip
 
-    def __init__(self, cpu: int, dom: int, vcpu: int, *, known: bool, spurious_vector: int) -> None:
-        self.cpu = cpu
-        self.dom = dom
-        self.vcpu = vcpu
+    def __init__(
+        self, key: int, serial: int, cpu: int, dom: int, vcpu: int, *, known: bool, spurious_vector: int
+    ) -> None:
+        self.key: int = key
+        self.serial: int = serial
+        self.cpu: int = cpu
+        self.dom: int = dom
+        self.vcpu: int = vcpu
         self.lapic = LocalApic(known=known, spurious_vector=spurious_vector)
         self.frames: list[tuple[int, int]] = []
-        self.frames_known = known
-        self.running = 1 if dom == NONE else UNKNOWN
-        self.conf = 100
-        self.deliverable_since = 0
+        self.frames_known: bool = known
+        self.running: int = 1 if dom == NONE else UNKNOWN
+        self.conf: int = 100
+        self.deliverable_since: int = 0
         self.requested_at: dict[int, int] = {}
-        self.generation = 0
+        self.watched: bool = False  # the agenda has an entry for the oldest request
+        self.generation: int = 0
+        self.deliveries: list[int] = [0] * (VECTORS + 1)
+        self.eois: list[int] = [0] * (VECTORS + 1)
         self.recent: deque[tuple[int, int, int]] = deque(maxlen=6)  # (t, seq, vector or -1 for EOI)
 
     def forget(self) -> None:
@@ -45,9 +53,14 @@ class Processor:
         self.frames_known = False
         self.requested_at.clear()
         self.recent.clear()
-        self.generation += 1
+        self.new_generation()
         if self.dom != NONE:
             self.running = UNKNOWN
+
+    def new_generation(self) -> None:
+        """Entries of the agenda about the state before this moment are stale."""
+        self.generation += 1
+        self.watched = False
 
     def blocked(self, vector: int) -> bool:
         """Whether TPR or a vector in service holds `vector` back (L2)."""
