@@ -1,0 +1,33 @@
+"""Reads a recording into Arrow tables and drops them: what parsing alone costs.
+
+    python -m bench.parse RECORDING
+"""
+
+from __future__ import annotations
+
+import sys
+
+from parsers.formats import sniff
+from parsers.open import open_recording
+from parsers.recording import ReadOptions
+
+__all__ = ["main", "parse"]
+
+
+def parse(path: str) -> int:
+    """Number of records in all tables."""
+    with open_recording(path) as opened:
+        cls = sniff(opened.head())
+        if cls is None:
+            raise SystemExit(f"{path}: no known format")
+        reader = cls(opened.stream, ReadOptions(source="bench"))
+        return sum(table.num_rows for chunk in reader.chunks() for table in chunk.tables.values())
+
+
+def main() -> None:
+    """Command line."""
+    print(parse(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
