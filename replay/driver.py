@@ -82,4 +82,5 @@ def run_machine(
         findings=sink.findings,
         metrics=machine.metrics(),
         suppressed=sink.suppressed,
+        extra=dict(machine.extra),
     )

@@ -33,6 +33,8 @@ class Machine:
         #: What-if: the effects that a guest or device would notice, as (t ns, what). Two policies that differ here
         #: have left the recording behind (spec 0.5).
         self.effects: list[tuple[int, int]] = []
+        #: Tables for people that are neither findings nor metrics: name to rows of plain JSON values.
+        self.extra: dict[str, list[dict[str, int | str | None]]] = {}
 
     def sees(self, kind: str) -> bool:
         """Whether the recording would show events of this kind if they happened."""

@@ -97,4 +97,8 @@ CODES: Final[tuple[Code, ...]] = (
 PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("active_ns", 1_000_000_000, "ns", "acknowledged without EOIR for longer is a leak"),
     Parameter("dir_ns", 100_000_000, "ns", "EOIR without DIR for longer, with EOImode=1, is missing"),
-)
+    Parameter("irqs", 1020, "", "lockstep: interrupts of the distributor"),
+    Parameter("nr_lrs", 4, "", "lockstep: list registers of a core (GICH_VTR)"),
+    Parameter("latch_pinned", 0, "", "lockstep: 1: a latched edge stays with the cores that were its targets when it "
+              "came, against GICv2 4.3.12; QEMU 7.2 does so"),
+)  # fmt: skip

@@ -14,6 +14,7 @@ from replay.events import KIND_ID, NIL, NONE
 from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Sink
+from replay.systems.gic.lockstep import NEEDS, GicLockstep
 from replay.systems.gic.monitor import Monitor
 
 __all__ = ["GicMachine", "InService", "Interface"]
@@ -82,7 +83,9 @@ class Interface:
 class GicMachine(Machine):
     """Checks IAR, EOIR and DIR of every core against the rules of the architecture."""
 
-    columns: ClassVar[tuple[str, ...]] = ("kind", "t_ns", "cpu", "dom", "vcpu", "obj", "val", "flags", "seq")
+    columns: ClassVar[tuple[str, ...]] = (
+        "kind", "t_ns", "cpu", "dom", "vcpu", "obj", "val", "flags", "seq", "tgt", "val2",
+    )  # fmt: skip
 
     def __init__(self, config: Config, sink: Sink) -> None:
         super().__init__(sink)
@@ -98,6 +101,12 @@ class GicMachine(Machine):
         self.spurious: int = 0
         self.eois: int = 0
         self.max_depth: int = 0
+        self.config: Config = config
+        self.lockstep: GicLockstep | None = None  # for recordings that show lines and register writes too
+
+    def locked(self) -> bool:
+        """Whether the recording shows all that the hardware models need."""
+        return self.observed is not None and not self.sink.closed and all(self.sees(kind) for kind in NEEDS)
 
     def unit(self, cpu: int, flags: int) -> Interface:
         """The interface of a core; bit 0 of `flags` chooses the virtual one."""
@@ -111,7 +120,11 @@ class GicMachine(Machine):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """Feed canonical events; kinds of other systems are skipped."""
-        for kind, t, cpu, dom, vcpu, obj, val, flags, seq in rows:
+        if self.lockstep is None and self.locked():
+            self.lockstep = GicLockstep(self.sink, self.config)
+        if self.lockstep is not None:
+            rows = self.lockstep.watch(rows)
+        for kind, t, cpu, dom, vcpu, obj, val, flags, seq, _, _ in rows:
             self.advance(t)
             self.seq = seq
             if kind == LOST:
@@ -128,7 +141,7 @@ class GicMachine(Machine):
                 self.end_of_interrupt(self.unit(cpu, flags), obj & 0x3FF)
             elif kind == DIR:
                 self.deactivate(self.unit(cpu, flags), obj & 0x3FF)
-            elif kind == CPU_IF and obj == CTLR and val != NIL:
+            elif kind == CPU_IF and obj == CTLR and val != NIL and not flags & 2:
                 self.unit(cpu, flags).eoimode = 1 if val & CTLR_EOIMODE else 0
 
     def switch(self, cpu: int, guest: tuple[int, int]) -> None:
@@ -225,4 +238,10 @@ class GicMachine(Machine):
 
     def metrics(self) -> dict[str, int]:
         """Counts of IAR and EOIR."""
-        return {"acks": self.acks, "spurious_acks": self.spurious, "eois": self.eois, "max_depth": self.max_depth}
+        return {
+            "acks": self.acks,
+            "spurious_acks": self.spurious,
+            "eois": self.eois,
+            "max_depth": self.max_depth,
+            **(self.lockstep.metrics() if self.lockstep is not None else {}),
+        }

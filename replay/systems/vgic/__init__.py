@@ -31,4 +31,5 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("vgic", "sched", "trace")),
     recorded="merged-2017",  # what every Xen since 4.10 does
+    calibrate=("guest_acks", "itargets_writes", "migrations", "coalesced"),
 )

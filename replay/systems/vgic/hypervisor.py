@@ -67,6 +67,10 @@ class Hypervisor(VgicBase):
         for number in range(min(config.integer("vcpus"), MAX_VCPUS)):
             self.place(NONE, number)
 
+    def knows_start(self) -> bool:
+        """A predicted guest begins idle, whatever it was that the recording did not see."""
+        return True
+
     def home(self, dom: int, number: int) -> int:
         """Vcpu i of the only domain starts on pcpu i; those of others where the scheduler puts them."""
         return number if dom <= 0 else NONE

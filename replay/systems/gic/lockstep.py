@@ -1,0 +1,359 @@
+"""GICv2 in lockstep with an emulator's log: distributor, CPU interfaces, list registers (spec 0.5, S6.3, S3.1).
+
+The models are fed lines and register writes only. They predict what every IAR read returns, the list register words
+that the hypervisor reads back (so the guest's acknowledges, priority drops and deactivations), and the running
+priority that the emulator prints when it looks for the best pending interrupt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from replay.declare import Config
+from replay.events import KIND_ID, NIL, NONE
+from replay.hardware.gic_cpu_interface import GicCpuInterface
+from replay.hardware.gic_distributor import GicDistributor
+from replay.hardware.gic_list_registers import ListRegisters
+from replay.lockstep import Lockstep
+from replay.sink import Sink
+
+__all__ = ["NEEDS", "GicLockstep"]
+
+ACK: Final = KIND_ID["gic.ack"]
+EOI: Final = KIND_ID["gic.eoi"]
+DIR: Final = KIND_ID["gic.dir"]
+LINE: Final = KIND_ID["gic.line"]
+DIST: Final = KIND_ID["gic.dist"]
+CPU_IF: Final = KIND_ID["gic.cpu_if"]
+BEST: Final = KIND_ID["gic.best"]
+HYP_READ: Final = KIND_ID["gic.hyp_read"]
+LOST: Final = KIND_ID["trace.lost"]
+
+#: Without these in the recording there is nothing to compare.
+NEEDS: Final = ("gic.line", "gic.dist", "gic.cpu_if", "gic.ack", "gic.eoi")
+
+NAMES: Final = ("gic_ack", "gic_virtual_ack", "gich_read", "gic_running_priority", "gic_virtual_running_priority")
+PHYSICAL_ACK: Final = 0
+VIRTUAL_ACK: Final = 1
+GICH_READ: Final = 2
+RUNNING: Final = 3
+
+VIRTUAL: Final = 1
+HYPERVISOR: Final = 2
+EOIR: Final = 0x10
+GICC_DIR: Final = 0x1000
+GICH_HCR: Final = 0x000
+GICH_VMCR: Final = 0x008
+GICH_APR: Final = 0x0F0
+GICH_LR: Final = 0x100
+MAX_CPUS: Final = 8
+MAX_IRQS: Final = 1020
+MAX_LRS: Final = 64
+INTID: Final = 0x3FF
+FIRST_SPECIAL: Final = 1020
+SPURIOUS: Final = 1023
+EOIMODE: Final = 1 << 9
+ITARGETSR: Final = 0x800
+ICFGR: Final = 0xC00
+
+
+class _Interfaces:
+    """Both CPU interfaces of a core. `unknown` are the GICH registers of which the value was never seen."""
+
+    __slots__ = ("lrs", "physical", "unknown")
+
+    def __init__(self, distributor: GicDistributor, cpu: int, nr_lrs: int, *, known: bool) -> None:
+        self.physical = GicCpuInterface(distributor, cpu)
+        self.lrs = ListRegisters(nr_lrs)
+        registers = [GICH_HCR, GICH_VMCR, GICH_APR, *range(GICH_LR, GICH_LR + 4 * nr_lrs, 4)]
+        self.unknown: set[int] = set() if known else set(registers)
+
+    def read(self, offset: int) -> int:
+        """GICH + `offset`, NIL for a register that is not modelled."""
+        if offset == GICH_HCR:
+            return self.lrs.hcr
+        if offset == GICH_VMCR:
+            return self.lrs.vmcr
+        if offset == GICH_APR:
+            return self.lrs.apr
+        n = (offset - GICH_LR) // 4
+        return self.lrs.words[n] if 0 <= n < self.lrs.count else NIL
+
+    def write(self, offset: int, value: int) -> None:
+        """GICH + `offset` := value."""
+        self.unknown.discard(offset)
+        if offset == GICH_HCR:
+            self.lrs.hcr = value
+        elif offset == GICH_VMCR:
+            self.lrs.write_vmcr(value)
+        elif offset == GICH_APR:
+            self.lrs.apr = value
+        elif 0 <= (offset - GICH_LR) // 4 < self.lrs.count:
+            self.lrs.write((offset - GICH_LR) // 4, value)
+
+
+class GicLockstep(Lockstep):
+    """A whole GIC.
+
+    A recording that begins before GICD_CTLR is written is complete. In another one registers are unknown until they
+    are seen: an interrupt counts as enabled, with its priority, once the emulator names it, and the interfaces are
+    taken to be open to it and to drop priority and deactivate apart (EOImode=1) until an interrupt is taken again
+    without having been deactivated.
+    """
+
+    def __init__(self, sink: Sink, config: Config) -> None:
+        super().__init__(sink, NAMES)
+        self.irqs = min(max(config.integer("irqs"), 32), MAX_IRQS)
+        self.nr_lrs = min(max(config.integer("nr_lrs"), 1), MAX_LRS)
+        self.distributor = GicDistributor(self.irqs, MAX_CPUS, pinned=bool(config.integer("latch_pinned")))
+        self.cores: list[_Interfaces] = []
+        self.known = False  # everything, from the beginning
+        self.familiar: set[int] = set()  # interrupts (`bank`) whose enable and priority are known
+        self.configured: set[int] = set()  # SPIs of which ICFGR was written
+        self.deferred: list[tuple[int, int, int, int, int]] = []
+        self.drops = [0, 0]
+        self.deactivations = [0, 0]
+        self.stranded_latches = 0
+        self.reset(known=False)
+
+    def reset(self, *, known: bool) -> None:
+        """Registers as after reset, or unknown."""
+        d = self.distributor
+        self.known = known
+        self.familiar.clear()
+        self.configured.clear()
+        self.deferred.clear()
+        self.cores = [_Interfaces(d, cpu, self.nr_lrs, known=known) for cpu in range(MAX_CPUS)]
+        if not known:
+            d.ctlr = 1
+            for core in self.cores:
+                core.physical.ctlr = 0x201
+                core.physical.pmr = 0xFF
+
+    def watch(self, rows: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        """Passes the machine's rows on, having fed them to the models."""
+        for row in rows:
+            kind, t, cpu, _, _, obj, val, flags, seq, tgt, val2 = row
+            if kind == LOST:
+                self.forget()
+            elif cpu < MAX_CPUS:
+                self.feed(kind, t, cpu, obj, tgt, val, val2, flags, seq)
+            yield row
+
+    def feed(self, kind: int, t: int, cpu: int, obj: int, tgt: int, val: int, val2: int, flags: int, seq: int) -> None:
+        """One canonical event, stimulus or outcome."""
+        if kind == BEST:
+            self.best(cpu, obj, val, val2, flags, t, seq)
+            return
+        if kind == ACK:
+            self.acknowledge(cpu, obj, flags, t, seq)
+            self.check_deferred()
+            return
+        if self.deferred:
+            self.check_deferred()
+        if kind == LINE:
+            if 0 <= obj < self.irqs:
+                self.step(t, seq, "line of", cpu, obj, val)
+                self.distributor.set_line(obj, val, max(cpu, 0))
+        elif cpu < 0:
+            return
+        elif kind == HYP_READ:
+            self.hyp_read(cpu, obj, val, t, seq)
+        elif kind == CPU_IF:
+            self.step(t, seq, ("GICC", "GICV", "GICH")[min(flags & 3, 2)], cpu, obj, val)
+            self.interface(cpu, obj, val, flags)
+        elif kind == EOI:
+            self.step(t, seq, "virtual EOIR" if flags & 1 else "EOIR", cpu, obj, NIL)
+            self.ended(cpu, obj, flags & 1, EOIR)
+        elif kind == DIR:
+            self.step(t, seq, "virtual DIR" if flags & 1 else "DIR", cpu, obj, NIL)
+            self.ended(cpu, obj, flags & 1, GICC_DIR)
+        elif kind == DIST:
+            self.step(t, seq, "GICD", cpu, tgt, val)
+            self.dist(cpu, tgt, val, val2)
+
+    # -- stimuli -----------------------------------------------------------------------------------------------
+
+    def dist(self, cpu: int, offset: int, value: int, size: int) -> None:
+        """A distributor write; the one to CTLR before anything else says that the recording is complete."""
+        d = self.distributor
+        if offset == 0 and not self.known and not any(self.observed):
+            self.reset(known=True)
+        d.write(offset, size, value, cpu)
+        if ICFGR <= offset < ICFGR + 0x100:
+            self.configured.update(range((offset - ICFGR) * 4, (offset - ICFGR + size) * 4))
+        if ITARGETSR <= offset < ICFGR:
+            for irq in range(offset - ITARGETSR, min(offset - ITARGETSR + size, self.irqs)):
+                if irq >= 32 and d.pinned and d.latch[irq] and not d.latch[irq] & d.targets[irq]:
+                    self.stranded_latches += 1
+
+    def interface(self, cpu: int, offset: int, value: int, flags: int) -> None:
+        """A write to GICC, GICV or GICH, other than EOIR and DIR."""
+        core = self.cores[cpu]
+        if flags & HYPERVISOR:
+            core.write(offset, value)
+        elif flags & VIRTUAL:
+            core.lrs.write_virtual(offset, value)
+        else:
+            core.physical.write(offset, value)
+
+    def ended(self, cpu: int, value: int, virtual: int, register: int) -> None:
+        """EOIR: priority drop, and deactivation unless EOImode=1; DIR: deactivation."""
+        core = self.cores[cpu]
+        if virtual:
+            done = core.lrs.write_virtual(register, value)
+            if done >= 0:
+                self.distributor.deactivate(done, cpu)
+                self.deactivations[1] += 1
+            self.drops[1] += register == EOIR
+            return
+        core.physical.write(register, value)
+        self.drops[0] += register == EOIR
+        self.deactivations[0] += (register == EOIR) != bool(core.physical.ctlr & EOIMODE)
+
+    # -- outcomes ----------------------------------------------------------------------------------------------
+
+    def acknowledge(self, cpu: int, value: int, flags: int, t: int, seq: int) -> None:
+        """IAR was read: the model must have signalled this interrupt; then it is taken in the model too."""
+        if cpu < 0:
+            return
+        core = self.cores[cpu]
+        self._story.append((t, seq, "virtual IAR" if flags & 1 else "IAR", cpu, value, NIL))
+        if flags & 1:
+            expected = core.lrs.acknowledge_virtual() if not core.unknown else NIL
+            self.compare(VIRTUAL_ACK, cpu, value, expected, t, seq)
+            if expected != value:
+                self.take_virtual(core, value)
+            return
+        irq = value & INTID
+        signalled = core.physical.signalled()
+        certain = self.sure(irq, cpu) and self.sure(signalled, cpu)
+        if signalled == irq or (signalled < 0 and irq >= FIRST_SPECIAL):
+            expected = core.physical.acknowledge()
+            self.compare(PHYSICAL_ACK, cpu, value, expected if certain else NIL, t, seq)
+            return
+        self.compare(PHYSICAL_ACK, cpu, value, (signalled if signalled >= 0 else SPURIOUS) if certain else NIL, t, seq)
+        if signalled >= 0 and not self.sure(signalled, cpu):
+            self.distributor.edge[signalled] = True  # its line is high, and yet it is not pending here
+            self.distributor.latch[signalled] &= ~(1 << cpu)
+        if irq < self.irqs:
+            self.take(core, irq, cpu)
+
+    def bank(self, irq: int, cpu: int) -> int:
+        """Key of an interrupt; private ones are banked."""
+        return irq << 3 | cpu if irq < 32 else irq << 3
+
+    def sure(self, irq: int, cpu: int) -> bool:
+        """Whether it is known what this interrupt does: it is enabled, and for an SPI how it is triggered."""
+        if self.known or irq < 0 or irq >= FIRST_SPECIAL:
+            return True
+        return self.bank(irq, cpu) in self.familiar and (irq < 32 or irq in self.configured)
+
+    def take(self, core: _Interfaces, irq: int, cpu: int) -> None:
+        """U4: it was taken, whatever the model thought."""
+        d = self.distributor
+        mask = 1 << cpu if irq < 32 else d.all
+        if not self.known and d.active[irq] & mask:
+            core.physical.ctlr &= ~EOIMODE
+        self.familiar.add(self.bank(irq, cpu))
+        d.enabled[irq] |= mask
+        core.physical.stack.append(d.priority_of(irq, cpu))
+        d.activate(irq, cpu)
+
+    def take_virtual(self, core: _Interfaces, value: int) -> None:
+        """The same for a list register, if one holds it."""
+        for n, word in enumerate(core.lrs.words):
+            if word & INTID == value & INTID and word >> 28 & 1:
+                core.lrs.set_state(n, 2)
+                core.lrs.apr |= 1 << (word >> 23 & 0x1F)
+                return
+
+    def compare(self, kind: int, cpu: int, value: int, expected: int, t: int, seq: int) -> None:
+        """Count an outcome; NIL: the model could not tell."""
+        self.observed[kind] += 1
+        if expected == NIL:
+            self.open[kind] += 1
+            return
+        self.predicted[kind] += 1
+        if value != expected:
+            self.report_extra(kind, t, seq, cpu, value, NONE, NIL, self.text(kind, cpu, expected, NONE, NIL))
+
+    def hyp_read(self, cpu: int, offset: int, value: int, t: int, seq: int) -> None:
+        """A GICH register was read."""
+        core = self.cores[cpu]
+        expected = core.read(offset)
+        if expected == NIL:
+            return
+        self.observed[GICH_READ] += 1
+        if offset in core.unknown:
+            self.open[GICH_READ] += 1
+        else:
+            self.predicted[GICH_READ] += 1
+            if value != expected:
+                wanted = self.text(GICH_READ, cpu, offset, NONE, expected)
+                self.report_extra(GICH_READ, t, seq, cpu, offset, NONE, value, wanted)
+        if value != expected or offset in core.unknown:
+            core.write(offset, value)
+
+    def best(self, cpu: int, irq: int, priority: int, running: int, flags: int, t: int, seq: int) -> None:
+        """The emulator looked for the best pending interrupt. It prints this inside an IAR read before the read."""
+        if cpu < 0:
+            return
+        core = self.cores[cpu]
+        if not self.known and not flags & 1 and irq < self.irqs and self.bank(irq, cpu) not in self.familiar:
+            self.introduce(irq, cpu, priority)
+        now = core.lrs.running_priority() if flags & 1 else core.physical.running_priority()
+        if now == running or (flags & 1 and core.unknown):
+            kind = RUNNING + (flags & 1)
+            self.observed[kind] += 1
+            self.predicted[kind] += now == running
+            self.open[kind] += now != running
+        else:
+            self.deferred.append((cpu, running, flags & 1, t, seq))
+
+    def introduce(self, irq: int, cpu: int, priority: int) -> None:
+        """U4: an interrupt of which nothing was known is enabled, pending here, and of this priority."""
+        d = self.distributor
+        self.familiar.add(self.bank(irq, cpu))
+        mask = 1 << cpu if irq < 32 else d.all
+        d.enabled[irq] |= mask
+        for core in range(MAX_CPUS):
+            d.priority[irq * MAX_CPUS + core] = priority
+        if irq >= 32:
+            d.targets[irq] |= 1 << cpu
+            d.line[irq] = d.all
+        elif irq >= 16:
+            d.line[irq] |= mask
+        else:
+            d.latch[irq] |= mask
+
+    def check_deferred(self) -> None:
+        """Running priorities that did not agree, now that what they were printed for is known."""
+        for cpu, running, virtual, t, seq in self.deferred:
+            core = self.cores[cpu]
+            now = core.lrs.running_priority() if virtual else core.physical.running_priority()
+            if now != running and not self.known and not virtual and len(core.physical.stack) < 2:
+                core.physical.stack[:] = [running] if running < 0x100 else []
+                self.observed[RUNNING] += 1
+                self.open[RUNNING] += 1
+                continue
+            self.compare(RUNNING + virtual, cpu, running, now, t, seq)
+        self.deferred.clear()
+
+    def forget(self) -> None:
+        """Records were lost (U2)."""
+        super().forget()
+        self.distributor = GicDistributor(self.irqs, MAX_CPUS, pinned=self.distributor.pinned)
+        self.reset(known=False)
+
+    def metrics(self) -> dict[str, int]:
+        """Counts by kind, and what the models went through."""
+        out = dict(super().metrics())
+        if self.seen:
+            out["lockstep.gic_priority_drops"] = self.drops[0]
+            out["lockstep.gic_deactivations"] = self.deactivations[0]
+            out["lockstep.gic_virtual_priority_drops"] = self.drops[1]
+            out["lockstep.gic_deactivated_by_guest"] = self.deactivations[1]
+            out["lockstep.gic_latches_left_behind"] = self.stranded_latches
+        return out
