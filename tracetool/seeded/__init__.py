@@ -24,7 +24,7 @@ class Bug:
     The module of its name has `record(*, bad, seed)`; `bad` and `good` are the policies whose algorithms the simulator
     runs by itself. `verify` are the codes that must fire on the bad recording, `what_if` those that must fire when the
     bad policy is run on its stimuli; neither may fire under the good policy. `exact` are codes whose every occurrence
-    the simulator knows.
+    the simulator knows; `counts` says which metric of a verify run is the number of which kind in the recording.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Bug:
     verify: tuple[str, ...]
     what_if: tuple[str, ...]
     exact: tuple[str, ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
     sub: str = ""
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -66,6 +67,7 @@ BUGS = (
             "hpet-missed-wakeup", "hpet-spurious-irq",
         ),
         exact=("hpet-affinity-stale", "hpet-wrong-cpu", "hpet-nested-irq", "hpet-stack-depth"),
+        counts=(("sleeps", "idle.enter"), ("hpet_irqs", "hpet.handler.begin")),
         config={"n_channels": 3, "n_cpus": 8},
     ),
     Bug(
@@ -94,6 +96,10 @@ BUGS = (
         verify=("via-stale-assert", "via-spurious-inject", "via-inject-storm"),
         what_if=("via-stale-assert", "via-spurious-inject", "via-inject-storm"),
         exact=("via-spurious-inject",),
+        counts=(
+            ("upcall_sets", "via.upcall_set"), ("injections", "via.inject"), ("vm_entries", "via.vmentry"),
+            ("eoi_exits", "via.eoi"), ("callback_eois", "via.eoi"),
+        ),
         config={"apic_id_stride": 2},
     ),
     Bug(
@@ -108,6 +114,10 @@ BUGS = (
         verify=("vgic-delivered-old-target", "vgic-queued-stranded", "vgic-lr-foreign-access"),
         what_if=("vgic-delivered-old-target", "vgic-queued-stranded", "vgic-lr-foreign-access"),
         exact=("vgic-delivered-old-target", "vgic-lr-foreign-access"),
+        counts=(
+            ("phys_edges", "vgic.phys_irq"), ("guest_acks", "vgic.ack"), ("itargets_writes", "vgic.itargets"),
+            ("hyp_entries", "vgic.hyp_entry"), ("sgis", "vgic.sgi"), ("maintenance_irqs", "vgic.maint"),
+        ),
     ),
     Bug(
         "irqflow",
@@ -121,6 +131,10 @@ BUGS = (
         verify=("flow-edge-lost", "flow-upcall-dropped-inprogress", "flow-migrate-unmask-early"),
         what_if=("flow-edge-lost", "flow-upcall-dropped-inprogress", "flow-migrate-unmask-early"),
         exact=("flow-upcall-dropped-inprogress", "flow-edge-lost"),
+        counts=(
+            ("raises", "flow.raise"), ("handler_runs", "flow.handler.begin"), ("upcalls", "flow.upcall"),
+            ("migrations_deferred", "flow.set_affinity"),
+        ),
     ),
     Bug(
         "evtchn",
@@ -140,5 +154,9 @@ BUGS = (
             "evtchn-upcall-no-work",
         ),
         exact=("evtchn-selector-wrong-vcpu", "evtchn-stranded-pending"),
+        counts=(
+            ("sends", "evtchn.send"), ("handled", "evtchn.handled"), ("upcalls", "evtchn.upcall"),
+            ("unmask_hypercalls", "evtchn.unmask_hypercall"), ("notifications", "evtchn.notify"),
+        ),
     ),
 )  # fmt: skip

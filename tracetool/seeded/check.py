@@ -64,6 +64,11 @@ def check_bug(bug: Bug) -> dict[str, Any]:
         known, found = len(bad.truth.get(code, ())), modes["verify"][0][code]
         if known != found:
             problems.append(f"{code}: the simulator knows of {known}, the replay found {found}")
+    for recording, run in ((bad, verify_bad), (good, verify_good)):
+        seen = Counter(event["kind"] for event in recording.events)
+        for metric, kind in bug.counts:
+            if run.metrics[metric] != seen[kind]:
+                problems.append(f"{metric} is {run.metrics[metric]} under {run.policy}, recorded {seen[kind]} x {kind}")
     return {
         "bug": bug.name,
         "document": bug.document,
