@@ -198,7 +198,7 @@ def shrink_finding(
         raise UsageError(f"--seconds wants a time above 0, not {seconds:g}")
     first, run = chosen.first, chosen.run
     if first["code"] in {code.name for code in GENERIC_CODES}:
-        raise UsageError(f"{first['code']} judges the whole recording; there is nothing to shrink")
+        raise UsageError(f"{first['code']} comes from comparing whole runs, not from one rule; it cannot be shrunk")
     deadline = time.monotonic() + seconds
     system = SYSTEMS[run["system"]]
     if run["policy"] not in system.policies:
