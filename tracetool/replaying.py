@@ -184,8 +184,10 @@ class _Session:
             if name not in self.system.policies:
                 return None
             run = self.verify() if name == self.system.recorded else self.what_if(name, None)
+        blind = set(self.dataset.manifest.get("facts", {}).get("blind", {}))
         if self.dataset.manifest.get("clock", {}).get("unit") == "ticks":
             blind = {c.rule for c in self.rules if c.state == "blind"}
+        if blind:
             run.findings = [f for f in run.findings if f.code.name not in blind]
         return run_record(
             run, self.system, self.config, self.rules, locate=self.locate, blind_share=self.blind

@@ -83,7 +83,7 @@ def survey(source: Source, trusted_flows: tuple[str, ...]) -> Survey:
         result.handled = with_port
     elif source.probed("handle_irq_for_port"):
         result.handled = ("handle_irq_for_port",)
-    result.irq_of_port = _pairs(source, trusted_flows)
+    result.irq_of_port = _pairs(source, trusted_flows, CLEAR[result.abi])
     result.fasteoi = _irqs(source, "handle_fasteoi_irq")
     _observe(source, result)
     result.words = Words.find(source, result.abi, result.dom)
@@ -109,8 +109,9 @@ def _irqs(source: Source, symbol: str) -> frozenset[int]:
     return frozenset() if frame is None else frozenset(frame["irq"].drop_nulls().unique().to_list())
 
 
-def _pairs(source: Source, trusted: tuple[str, ...]) -> dict[int, int]:
-    """irq of each port: stated by probes that carry both, else handle_irq_for_port and the flow that follows it."""
+def _pairs(source: Source, trusted: tuple[str, ...], clear: str) -> dict[int, int]:
+    """irq of each port: stated by probes that carry both, handle_irq_for_port and the flow that follows it, a flow and
+    the clear of the port's pending bit that follows it. The most frequent pair wins."""
     frames = []
     for symbol in PAIRS:
         if symbol in FLOWS and symbol not in trusted:
@@ -119,19 +120,21 @@ def _pairs(source: Source, trusted: tuple[str, ...]) -> dict[int, int]:
             frame = source.probe(symbol, 0, 1 << 62, "irq", "port")
             if frame is not None:
                 frames.append(frame.select("irq", "port"))
+    flows = [f for name in trusted if name in FLOWS and (f := source.probe(name, 0, 1 << 62, "irq")) is not None]
+    for symbol, strategy in (("handle_irq_for_port", "forward"), (clear, "backward")):
+        ports = source.probe(symbol, 0, 1 << 62, "port")
+        if ports is not None and flows:
+            pool = pl.concat(flows).sort("seq").select("seq", "cpu", "irq")
+            joined = ports.select("seq", "cpu", "port").join_asof(
+                pool, on="seq", by="cpu", strategy=strategy, check_sortedness=False
+            )
+            frames.append(joined.select("irq", "port"))
     if not frames:
-        ports = source.probe("handle_irq_for_port", 0, 1 << 62, "port")
-        irqs = [f for s in trusted if (f := source.probe(s, 0, 1 << 62, "irq")) is not None]
-        if ports is None or not irqs:
-            return {}
-        flows = pl.concat(irqs).sort("seq").select("seq", "cpu", "irq")
-        frames.append(
-            ports.select("seq", "cpu", "port")
-            .join_asof(flows, on="seq", by="cpu", strategy="forward", check_sortedness=False).select("irq", "port")
-        )  # fmt: skip
+        return {}
     best = (
         pl.concat(frames).drop_nulls().filter(pl.col("port") > 0).group_by("port", "irq").agg(n=pl.len())
-        .sort("n", "irq", descending=[True, False]).unique("port", keep="first", maintain_order=True)
+        .sort("n", "irq", "port", descending=[True, False, False])
+        .unique("port", keep="first", maintain_order=True).unique("irq", keep="first", maintain_order=True)
     )  # fmt: skip
     return {int(port): int(irq) for port, irq, _ in best.sort("port").iter_rows()}
 
@@ -225,9 +228,10 @@ class Binder:
     def _handled(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """What the scan dispatched, and the clear of the pending bit that follows it."""
         for symbol in self.found.handled:
-            frame = self.source.probe(symbol, lo, hi, "port")
+            frame = self.source.probe(symbol, lo, hi, "port", "irq")
             if frame is not None:
-                frame = frame.filter(pl.col("port") > 0)
+                port = pl.when(pl.col("port") > 0).then(pl.col("port")).otherwise(self._port())
+                frame = frame.with_columns(port=port).filter(pl.col("port").is_not_null())
                 yield event(frame, "evtchn.handled", symbol, **self.who, obj=pl.col("port"))
         symbol = CLEAR[self.found.abi]
         frame = self.source.probe(symbol, lo, hi, "port")
@@ -239,6 +243,13 @@ class Binder:
         if not known:
             return pl.lit(None, pl.Int64)
         return pl.col(port).replace_strict(list(known), list(known.values()), default=None, return_dtype=pl.Int64)
+
+    def _port(self) -> pl.Expr:
+        """Port of `irq`, for irqs below 16, whose port the recipe's offsets do not reach (legacy_info_ptrs)."""
+        known = {irq: port for port, irq in self.found.irq_of_port.items()}
+        if not known:
+            return pl.lit(None, pl.Int64)
+        return pl.col("irq").replace_strict(list(known), list(known.values()), default=None, return_dtype=pl.Int64)
 
     def _masks(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         for table, kind in ((MASK, "mask"), (UNMASK, "unmask")):
@@ -259,7 +270,8 @@ class Binder:
             bound = bound.filter(pl.col("port") > 0).rename({"arg_cpu": "target"})
         yield from self._bound(bound, asked, symbol)
         if asked is not None:
-            valid = asked.filter((pl.col("port") != 0).fill_null(True))
+            port = pl.when(pl.col("port") > 0).then(pl.col("port")).otherwise(self._port())
+            valid = asked.filter(port.is_not_null())  # others have no event channel: refused
             lowest = pl.when(pl.col("dest") != 0).then(
                 pl.col("dest").reinterpret(signed=False).bitwise_trailing_zeros().cast(pl.Int64)
             )
@@ -273,7 +285,10 @@ class Binder:
     ) -> Iterator[pl.DataFrame]:
         """guest.bind_cpu; the hypervisor's binding was changed first where set_affinity_irq is behind it."""
         recent = [f for f in (self.last_affinity, asked) if f is not None]
-        pool = pl.concat(recent).sort("seq").select("seq", "cpu", asked_port="port") if recent else None
+        pool = pl.concat(recent).sort("seq") if recent else None
+        if pool is not None:
+            port = pl.when(pl.col("port") > 0).then(pl.col("port")).otherwise(self._port())
+            pool = pool.select("seq", "cpu", asked_port=port)
         if asked is not None:
             self.last_affinity = asked.group_by("cpu", maintain_order=True).last().select(asked.columns).sort("seq")
         if bound is None:

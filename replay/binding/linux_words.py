@@ -263,6 +263,9 @@ class Words:
                 mine = samples.filter(
                     (pl.col("cpu") == vcpu) & pl.col(column).is_not_null() & pl.col("returned")
                 )
+                if queue is not None:
+                    # The guest never clears the shared head: it is stale while the ready bit is clear.
+                    mine = mine.filter((pl.col(f"ready{vcpu}").fill_null(0) & (1 << queue)) != 0)
                 yield event(
                     mine, kind, column, dom=self.dom, vcpu=vcpu, tgt=queue,
                     val=pl.col(column).reinterpret(signed=True), conf=80, rank=1,

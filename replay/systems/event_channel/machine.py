@@ -399,6 +399,7 @@ class TwoLevelMachine(TwoLevelRules):
         initial = dom.pending0[word] if what == SNAP_PENDING else dom.masked0[word]
         initial.learn(value)
         base = word * dom.bits
+        self.compare_word(dom, what, base, value)
         if what == SNAP_PENDING:
             bits = value
             while bits:
@@ -427,6 +428,18 @@ class TwoLevelMachine(TwoLevelRules):
             dom.settle(channel)
             self.monitor.check(dom, channel, self.now)
 
+    def compare_word(self, dom: TwoLevelDomain, what: int, base: int, value: int) -> None:
+        """Metric: whether all bits that the model knows are as sampled."""
+        known = differ = 0
+        for channel in dom.ports[base : base + dom.bits]:
+            if channel is not None:
+                bit = channel.pending if what == SNAP_PENDING else channel.masked
+                if bit != UNKNOWN:
+                    known += 1
+                    differ += bit != (1 if value & channel.word_bit else 0)
+        if known:
+            self.compare("pending" if what == SNAP_PENDING else "mask", differ == 0)
+
     def learn_vcpu(self, dom: TwoLevelDomain, vcpu: VcpuInfo, what: int, value: int) -> None:
         """A vCPU's selector, upcall_pending or upcall_mask. Inside its upcall nobody can tell whether the words were
         read before or after the scan's exchange."""
@@ -434,6 +447,8 @@ class TwoLevelMachine(TwoLevelRules):
             return
         if what == SNAP_SEL:
             value &= vcpu.sel_all
+            if vcpu.sel_known:
+                self.compare("selector", not (value ^ vcpu.sel) & vcpu.sel_known)
             if value & vcpu.sel_known & ~vcpu.sel:
                 self.unseen_send(dom)
             vcpu.sel = value
@@ -444,6 +459,8 @@ class TwoLevelMachine(TwoLevelRules):
                     if not value >> word & 1:
                         self.monitor.seen_stranded(dom, vcpu, word, self.now, self.seq)
         elif what == SNAP_UPCALL_PENDING:
+            if vcpu.upcall_pending != UNKNOWN:
+                self.compare("upcall_pending", vcpu.upcall_pending == (1 if value & 0xFF else 0))
             if value & 0xFF and vcpu.upcall_pending == 0:
                 self.unseen_send(dom)
             vcpu.upcall_pending = 1 if value & 0xFF else 0

@@ -49,6 +49,7 @@ class TwoLevelRules(Machine):
         self.max_delivery_ns: int = 0
         self.max_delivery_hot_ns: int = 0  # ports of word 0
         self.delivery_ns: int = 0
+        self.samples: dict[str, list[int]] = {}  # sampled words by kind: [as the model knew them, otherwise]
         self.lost_pending: int = 0  # pending events dropped by a close, or forgotten
 
     # -- start -----------------------------------------------------------------------------------------------
@@ -160,6 +161,10 @@ class TwoLevelRules(Machine):
                 other.sel_forget_zero(channel.word)
                 if other.in_upcall:
                     other.latched |= 1 << channel.word
+
+    def compare(self, word: str, agrees: bool) -> None:
+        """Metric: a sampled word whose state the model knew, before the model learns from it."""
+        self.samples.setdefault(word, [0, 0])[not agrees] += 1
 
     # -- E2: the upcall ---------------------------------------------------------------------------------------
 
@@ -360,4 +365,8 @@ class TwoLevelRules(Machine):
             "sum_delivery_ns": self.delivery_ns,
             "stranded": self.monitor.stranded_total,
             "stranded_ns": self.monitor.stranded_ns,
+            "samples_agree": sum(good for good, _ in self.samples.values()),
+            "samples_disagree": sum(bad for _, bad in self.samples.values()),
+            **{f"samples_agree.{word}": good for word, (good, _) in sorted(self.samples.items())},
+            **{f"samples_disagree.{word}": bad for word, (_, bad) in sorted(self.samples.items())},
         }
