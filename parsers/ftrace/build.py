@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from parsers.ftrace.arrays import Array, binary, constant, dictionary, nulls, plain
 from parsers.ftrace.batch import Records, Scan
-from parsers.ftrace.columns import FTRACE_COMMON, escape
+from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.ftrace.flags import decode_flags
 from parsers.ftrace.layouts import Layout
 from parsers.ftrace.notes import note
@@ -69,7 +69,8 @@ class Builder:
         self.first: int | None = None
         self.clock: ClockModel | None = None
         self._options, self._layout = options, layout
-        self._payloads = Payloads(self.tables)
+        self._payloads = Payloads(self.tables, report=layout.pads)
+        self._schemas: dict[str, pa.Schema] = {}
         self._seq = 0
         self._as_text: Counter[str] = Counter()
         self._unstamped = 0
@@ -287,7 +288,9 @@ class Builder:
             if values is None:
                 values = nulls(kind, rows.size)
             own.append(values if values.type == kind else values.cast(kind))
-        return pa.Table.from_arrays([*shared, *own], schema=table.schema())
+        if name not in self._schemas:
+            self._schemas[name] = ftrace_schema(table)
+        return pa.Table.from_arrays([*shared, *own], schema=self._schemas[name])
 
     def _text(self, name: str, shared: list[pa.Array], group: Payload, rows: Array) -> pa.Table:
         index = pa.array(rows)

@@ -138,7 +138,7 @@ def _apply(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Bu
     return rows, columns
 
 
-def _infer(values: list[str]) -> pa.DataType:
+def _infer(values: set[str]) -> pa.DataType:
     """Type of an undeclared argument from its first values."""
     known = [value for value in values if value != "(fault)"]
     if known and all(re.fullmatch(r"-?\d{1,18}", value) for value in known):
@@ -184,8 +184,9 @@ class Payload:
 class Payloads:
     """Decodes payloads event by event and remembers which undeclared events got which columns."""
 
-    def __init__(self, tables: dict[str, Table]) -> None:
-        self.tables = tables
+    def __init__(self, tables: dict[str, Table], report: bool) -> None:
+        """`report`: the text is trace-cmd's, which prints many events as `field=value` (all of them with -R)."""
+        self.tables, self._report = tables, report
         tables[TEXT.name] = TEXT
         self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
         self._plain: set[str] = set()
@@ -198,12 +199,15 @@ class Payloads:
         if known is not None:
             if name not in self.tables:
                 self.tables[name] = event_table(name, f"{known.system}:{name}, from its text", known.types)
+            first = str(payload.strings(rest[:1])[0])[:4096]
+            if self._report and not any(re.search(shape.pattern, first) for shape in known.shapes):
+                # -R, or an event without a plugin: do not try the kernel's patterns in vain on every row
+                rest = self._raw(first, known.types, payload, rest, parts)
             for shape in known.shapes:
                 rest = self._try(shape, known.types, payload, rest, parts)
             if rest.size:
-                raw = raw_shape(str(payload.strings(rest[:1])[0])[:4096], known.types)
-                if raw is not None:
-                    rest = self._try(raw, known.types, payload, rest, parts)
+                first = str(payload.strings(rest[:1])[0])[:4096]
+                rest = self._raw(first, known.types, payload, rest, parts)
             return parts, rest
         if name in self._plain:
             return parts, rest
@@ -224,10 +228,18 @@ class Payloads:
         known = declared().get(name)
         return known.types if known is not None else self._dynamic[name][0]
 
+    def _raw(
+        self, first: str, types: dict[str, pa.DataType], payload: Payload, rest: Array, parts: list[Built]
+    ) -> Array:
+        """As `_try`, with the shape of `trace-cmd report -R` that payload `first` has."""
+        shape = raw_shape(first, types)
+        return rest if shape is None else self._try(shape, types, payload, rest, parts)
+
     @staticmethod
     def _try(
         shape: Shape, types: dict[str, pa.DataType], payload: Payload, rest: Array, parts: list[Built]
     ) -> Array:
+        """Append what `shape` takes of the rows `rest` to `parts`; gives the other rows."""
         if not rest.size:
             return rest
         if shape.literals:
@@ -267,7 +279,7 @@ class Payloads:
         pattern += (" " if head and keys else "") + joined + " *$"
         sample = pl.Series(payload).str.extract_groups(pattern).struct.unnest()
         for number, key in enumerate(keys, start=len(fixed)):
-            values = [str(value) for value in sample.to_series(number).drop_nulls().to_list()]
+            values = {str(value) for value in sample.to_series(number).drop_nulls().unique().to_list()}
             types[key] = pa.uint64() if key.startswith("__probe_") else _infer(values)
         parts = fixed + tuple(
             Part(key, "string" if types[key] == pa.string() else "symbol") for key in keys

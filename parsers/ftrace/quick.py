@@ -146,7 +146,9 @@ def _address(
         return found, good
     if symbol not in types:
         return found, good
-    doubtful = ~good & ((first >= 48) & (first <= 57) | (text.has(b"/0x0", np.maximum(stop - 4, 0))))
+    doubtful = ~good & (first >= 48) & (first <= 57)
+    # trace-cmd prints an offset after a symbol although it is none
+    stop = stop - 4 * (text.has(b"/0x0", np.maximum(stop - 4, 0)) & (stop - begin > 4))
     names = _strings(text, begin, np.where(good, begin, stop))
     if good.any():
         names = pa.Array.from_buffers(
