@@ -68,7 +68,8 @@ def survey(records: Records, context: Context) -> Survey:
     result.channels = _channels(records, context) if irq_seen else {}
     pending = pl.any_horizontal(*(pl.col(f"irr{i}") != 0 for i in range(4)))
     # Records written after interrupts were enabled again show what is left, which is next to nothing.
-    result.pending_vectors_recorded = records.scan(_EXIT).select(pending.mean()).collect().item() > 0.5
+    share = records.scan(_EXIT).select(pending.mean()).collect().item()  # null: xenalyze does not print them
+    result.pending_vectors_recorded = share is not None and share > 0.5
     cpus = records.scan(_ENTRY).select(pl.col("cpu").n_unique()).collect().item()
     result.facts.update(
         {
