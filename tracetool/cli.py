@@ -28,6 +28,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the documented JSON ob
 Hz = Annotated[str | None, typer.Option("--cpu-hz", help="Stamp frequency, e.g. 2.4G; replaces what is derived.")]
 XenVersion = Annotated[str | None, typer.Option("--xen-version", help="E.g. 4.17; decides what cannot be told.")]
 Format = Annotated[str | None, typer.Option("--format", help="Read as this format instead of recognising it.")]
+EventMap = Annotated[
+    Path | None, typer.Option("--event-map", help="TOML: what events with names of your own show (kprobes).")
+]
 HpetIrqs = Annotated[str | None, typer.Option("--hpet-irqs", help="Interrupts of the HPET channels, e.g. 24,25,26.")]
 Policies = Annotated[
     list[str] | None,
@@ -66,6 +69,7 @@ def ingest(
     xen_version: XenVersion = None,
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
+    event_map: EventMap = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a dataset that is there already.")] = False,
     offset: Annotated[
         list[str] | None,
@@ -75,7 +79,7 @@ def ingest(
     """Read recordings into a dataset of Arrow tables, losing nothing."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force, offset or ())
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force, offset or (), event_map)
     raise typer.Exit(commands.ingest(recordings, output, options, json=json))
 
 
@@ -87,11 +91,12 @@ def info(
     xen_version: XenVersion = None,
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
+    event_map: EventMap = None,
 ) -> None:
     """Say what was recorded, how well, and which systems can be checked."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
     raise typer.Exit(commands.info(target, options, json=json))
 
 
@@ -108,11 +113,12 @@ def replay(
     xen_version: XenVersion = None,
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
+    event_map: EventMap = None,
 ) -> None:
     """Replay through the reference models and say where recording and model part."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
     request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config, options)
     raise typer.Exit(commands.replay(request, json=json, fail_on=fail_on))
 
@@ -131,11 +137,12 @@ def report(
     xen_version: XenVersion = None,
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
+    event_map: EventMap = None,
 ) -> None:
     """Write the report that people attach to a bug."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False)
+    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
     chosen = tuple(policy or ("current", "proposed"))
     request = commands.Request(target, chosen, tuple(system or ()), tuple(set or ()), config, options)
     raise typer.Exit(commands.report(request, output, json=json, fail_on=fail_on))

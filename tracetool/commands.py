@@ -18,7 +18,7 @@ from tracetool import __version__, describe, exits, terminal
 from tracetool.ingest import Ingested, IngestOptions, parse_offset
 from tracetool.ingest import ingest as run_ingest
 from tracetool.results import SEVERITIES, contract, run_record, worst
-from tracetool.settings import load_values
+from tracetool.settings import load_event_map, load_values
 from tracetool.store import Dataset, is_dataset
 
 __all__ = ["Request", "explain", "info", "ingest", "ingest_options", "recipe", "replay", "report", "selftest"]
@@ -46,6 +46,7 @@ def ingest_options(
     hpet_irqs: str | None,
     force: bool,
     offsets: Sequence[str] = (),
+    event_map: Path | None = None,
 ) -> IngestOptions:
     """Checked options; UsageError names the one that is wrong."""
     return IngestOptions(
@@ -56,6 +57,7 @@ def ingest_options(
         force=force,
         command="tracetool " + " ".join(sys.argv[1:]),
         offsets=tuple(parse_offset(text) for text in offsets),
+        event_map=load_event_map(event_map),
     )
 
 
@@ -120,7 +122,10 @@ def _cache() -> Path:
 def _cache_key(path: Path, options: IngestOptions) -> str:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256")
-    stated = (options.cpu_hz, options.xen_version, options.format, options.hpet_irqs, path.name, __version__)
+    stated = (
+        options.cpu_hz, options.xen_version, options.format, options.hpet_irqs, path.name, __version__,
+        sorted(options.event_map.items()),
+    )  # fmt: skip
     content.update(repr(stated).encode())
     return content.hexdigest()[:32]
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
 
-__all__ = ["CONFIG_FILE", "load_values"]
+__all__ = ["CONFIG_FILE", "load_event_map", "load_values"]
 
 CONFIG_FILE: Final = "tracetool.toml"
 
@@ -40,6 +40,15 @@ def _file(path: Path) -> Mapping[str, Mapping[str, Any]]:
     if not all(isinstance(v, dict) for v in data.values()):
         raise UsageError(f"{path}: expected tables such as [hpet] with name = value")
     return data
+
+
+def load_event_map(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The event map in a TOML file (see replay.binding.linux_probes); empty without a file."""
+    if path is None:
+        return {}
+    from replay.binding.linux_probes import check_event_map
+
+    return check_event_map(_file(path), str(path))
 
 
 def _put(values: dict[str, dict[str, Any]], system: str, name: str, value: Any, origin: str) -> None:

@@ -72,7 +72,7 @@ def _batches(source: Source, context: Context, binders: tuple[Any, ...]) -> Iter
     for lo, hi in slices(context.rows):
         frames = [frame for binder in binders for frame in binder.events(lo, hi)]
         frames += source.mapped_events(lo, hi)
-        last = max((int(f["t_ns"].max() or 0) for f in frames if f.height), default=None)  # type: ignore[arg-type]
+        last = max((int(f["t_ns"].max() or 0) for f in frames if f.height), default=None)
         if lo == 0:
             frames.append(lost)
         if last is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import polars as pl
 
@@ -121,7 +121,10 @@ def _pairs(source: Source, trusted: tuple[str, ...], clear: str) -> dict[int, in
             if frame is not None:
                 frames.append(frame.select("irq", "port"))
     flows = [f for name in trusted if name in FLOWS and (f := source.probe(name, 0, 1 << 62, "irq")) is not None]
-    for symbol, strategy in (("handle_irq_for_port", "forward"), (clear, "backward")):
+    around: tuple[tuple[str, Literal["forward", "backward"]], ...] = (
+        ("handle_irq_for_port", "forward"), (clear, "backward"),
+    )  # fmt: skip
+    for symbol, strategy in around:
         ports = source.probe(symbol, 0, 1 << 62, "port")
         if ports is not None and flows:
             pool = pl.concat(flows).sort("seq").select("seq", "cpu", "irq")

@@ -138,7 +138,8 @@ class Words:
                 found += self._risen(samples, rows, word, clears)
         if not found:
             return
-        index = [row for row, _ in found]
+        early = self._first_hint(samples)
+        index = [int(early[row]) for row, _ in found]
         ports = [port for _, port in found]
         frame = samples.select(KEEP)[index].with_columns(port=pl.Series(ports, dtype=pl.Int64)).sort("seq", "port")
         raw = "pending bit"
@@ -149,6 +150,16 @@ class Words:
             )
             flows = frame.with_columns(irq=irq).filter(pl.col("irq").is_not_null())
             yield event(flows, "flow.raise", raw, cpu=None, obj=pl.col("irq"), conf=50, rank=-3)
+
+    def _first_hint(self, samples: pl.DataFrame) -> Any:
+        """Row at which a send first seen in each row may be placed: the entry of the upcall samples selector and upcall
+        byte only, and what they show was sent before it."""
+        blank = pl.all_horizontal(*(pl.col(f"pend{w}").is_null() for w in self.names["pend"]))
+        frame = samples.with_row_index("row").with_columns(blank=blank).with_columns(
+            last=pl.col("row").shift(1).over("cpu"), last_blank=pl.col("blank").shift(1).over("cpu")
+        )  # fmt: skip
+        hint = pl.when(pl.col("scan") & pl.col("last_blank").fill_null(False)).then(pl.col("last"))
+        return frame.select(hint=pl.coalesce(hint, pl.col("row")))["hint"].to_numpy()
 
     def _risen(
         self, samples: pl.DataFrame, rows: Any, word: int, clears: pl.DataFrame | None
