@@ -113,6 +113,12 @@ class _TableWriter:
             self.rows += self.pending_rows
         self.pending, self.pending_rows = [], 0
 
+    def compact(self) -> None:
+        """Copy what goes on waiting: tables are slices of a batch, and a few rows would keep all of it in memory."""
+        if self.pending:
+            whole = pa.concat_tables(self.pending).unify_dictionaries()
+            self.pending = [whole.take(pa.array(range(whole.num_rows), pa.int32()))]
+
     def close(self) -> None:
         self.flush()
         self.writer.close()
@@ -178,6 +184,8 @@ class DatasetWriter:
         for writer in self.writers.values():
             if writer.pending_rows >= floor:
                 writer.flush()
+            else:
+                writer.compact()
         self.pending_bytes = sum(t.nbytes for w in self.writers.values() for t in w.pending)
 
     def add_gap(self, gap: Gap, source: str, t0_ns: int | None, t1_ns: int | None) -> None:
@@ -302,7 +310,7 @@ class Dataset:
 
     def scan(self, name: str) -> pl.LazyFrame:
         """A record table, lazily."""
-        return pl.scan_parquet(self.table_path(name))
+        return pl.scan_parquet(self.table_path(name), glob=False)
 
     def schema(self, name: str) -> pa.Schema:
         """Arrow schema of a record table with prose and units."""
@@ -310,7 +318,7 @@ class Dataset:
 
     def events(self) -> pl.LazyFrame:
         """Canonical events, lazily."""
-        return pl.scan_parquet(self.path / "events.parquet")
+        return pl.scan_parquet(self.path / "events.parquet", glob=False)
 
     def event_batches(self, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Canonical events of some kinds, a row group at a time, in order."""
