@@ -217,10 +217,12 @@ def store_records(
                 continue
             writer.append(table_name, table)
             rows += table.num_rows
-            starts.append(table["t_ns"][0].as_py())
-            ends.append(table["t_ns"][-1].as_py())
+            extremes = pc.min_max(table["t_ns"]).as_py()  # null for records without a stamp
+            if extremes["min"] is not None:
+                starts.append(extremes["min"])
+                ends.append(extremes["max"])
             cpus.update(c for c in pc.unique(table["cpu"]).to_pylist() if c is not None)
-        starts, ends = [min(starts, default=0)], [max(ends, default=0)]
+        starts, ends = [min(starts)] if starts else [], [max(ends)] if ends else []
         for gap in chunk.gaps:
             writer.add_gap(gap, source, _ns(reader, gap.t0), _ns(reader, gap.t1))
         for note in chunk.notes:

@@ -133,6 +133,15 @@ class Assembler:
             return None
         # An event older than what was given out already cannot be put in its place any more.
         frame = pl.concat(parts)
+        if frame["t_ns"].null_count():
+            # Records without any stamp stand where they stand in their source; how late they really were is unknown.
+            frame = frame.sort("src_seq").with_columns(
+                t_ns=pl.col("t_ns").forward_fill(),
+                t_err_ns=pl.when(pl.col("t_ns").is_null()).then(pl.lit(0xFFFFFFFF)).otherwise(pl.col("t_err_ns")),
+            )
+            frame = frame.cast({"t_err_ns": pl.UInt32}).filter(pl.col("t_ns").is_not_null())
+            if not frame.height:
+                return None
         if self.emitted_t is not None:
             frame = frame.with_columns(pl.col("t_ns").clip(lower_bound=self.emitted_t))
         frame = frame.sort("t_ns", "src_seq", "rank", maintain_order=True)
