@@ -91,12 +91,17 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What the user may state. `source` is the label written to the `source` column."""
+    """What the user may state. `source` is the label written to the `source` column.
+
+    `only`: names of the events that are wanted, empty for all. A reader that can tell an event's name before it
+    parses the record leaves the others out (no table, no count, no `seq`); the bytes still count as parsed.
+    """
 
     source: str = "recording"
     cpu_hz: float | None = None
     xen_version: tuple[int, int] | None = None
     event_map: Mapping[str, str] = field(default_factory=dict)
+    only: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from parsers.ftrace.swar import Text
 from parsers.recording import ClockModel, Note, ReadOptions
 from parsers.tables import Column, Table
 
-__all__ = ["Builder"]
+__all__ = ["MARKERS", "Builder"]
 
 COMM = pa.dictionary(pa.int32(), pa.string())
 SMALL = pa.dictionary(pa.int16(), pa.string())
@@ -84,9 +84,20 @@ class Builder:
         return found
 
     def build(
-        self, data: Array, text: bytes, starts: Array, ends: Array, scan: Scan, sources: dict[int, bytes], line: int
+        self,
+        data: Array,
+        text: bytes,
+        starts: Array,
+        ends: Array,
+        scan: Scan,
+        sources: dict[int, bytes],
+        line: int,
+        kept: Array | None = None,
     ) -> tuple[dict[str, pa.Table], list[int]]:
-        """Tables of a batch, and the rows of lines that belong to nothing."""
+        """Tables of a batch, and the rows of lines that belong to nothing.
+
+        `line` is the number of the batch's first line; `kept` says which of its lines the rows are (None: all).
+        """
         records = scan.records
         if not records.row.size:
             return {}, scan.unknown
@@ -94,11 +105,18 @@ class Builder:
         records, codes, payload_start, names, strays = self._continue(
             scan, records, codes, payload_start, names, starts, ends
         )
+        if self._options.only:
+            wanted = np.isin(codes, [number for number, name in enumerate(names) if name in self._options.only])
+            records = Records(*(getattr(records, name)[wanted] for name in Records.__slots__))
+            codes, payload_start = codes[wanted], payload_start[wanted]
+            if not records.row.size:
+                return {}, strays
         count = records.row.size
         order = np.argsort(codes, kind="stable")
         text8 = Text(data)
         payload = self._payload_rows(data, text, payload_start, records.end, order, text8)
-        common = self._common(data, records, sources, line, order)
+        numbers = line + (records.row if kept is None else kept[records.row])
+        common = self._common(data, records, sources, numbers, order)
         edges = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)).tolist()
         parts: dict[str, list[pa.Table]] = {}
         for begin, end in pairwise(edges):
@@ -221,7 +239,7 @@ class Builder:
         return Rows(text, start[order], end[order], odd[order] if odd.any() else None)
 
     def _common(
-        self, data: Array, records: Records, sources: dict[int, bytes], line: int, order: Array
+        self, data: Array, records: Records, sources: dict[int, bytes], numbers: Array, order: Array
     ) -> list[pa.Array]:
         """COMMON and ftrace's common columns, in `order`."""
         assert self.clock is not None or not records.stamped.any()
@@ -266,7 +284,7 @@ class Builder:
             plain(pa.uint64(), records.stamp[order].astype(np.uint64), stamped[order]),
             plain(pa.uint16(), records.cpu[order].astype(np.uint16)),
             constant(SMALL, self._options.source, rows),
-            plain(pa.uint64(), (records.row + line)[order].astype(np.uint64)),
+            plain(pa.uint64(), numbers[order].astype(np.uint64)),
             plain(pa.int32(), records.pid[order].astype(np.int32), pid_known[order]),
             comm_column,
             plain(pa.uint8(), flag[order], known[order]),

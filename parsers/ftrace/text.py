@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.batch import Scan, classify
-from parsers.ftrace.build import Builder
+from parsers.ftrace.build import MARKERS, Builder
 from parsers.ftrace.layouts import LAYOUTS, Fast, Layout, detect
 from parsers.ftrace.notes import NOTES, note
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
@@ -24,6 +24,8 @@ __all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
 BATCH = 12 << 20
 #: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
 LONGEST = 1 << 20
+#: Records that the lines after them belong to, or whose line does not print a name: `only` needs all lines for them.
+NEED_CONTEXT = frozenset({"kernel_stack", "user_stack", "function", "funcgraph", "(no name)", "(continued)", *MARKERS})
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
@@ -78,10 +80,11 @@ class FtraceTextReader:
         self._fast = Fast.learn(*found) if found else None
         self._stamps = found is not None
         stamp = found[1]["ts"] if found else b"0"
+        self._shown_first = int(stamp.replace(b".", b""))
         self._dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
         self._gaps: list[Gap] = []
         self._notes: list[Note] = []
-        self._line, self._position = 1, 0
+        self._line, self._position, self._lines_in = 1, 0, 0
         self._last: dict[int, int] = {}
         self._started: Counter[int] = Counter()
         self._builder = Builder(options, self._layout)
@@ -208,27 +211,59 @@ class FtraceTextReader:
         starts = np.concatenate((np.zeros(1, dtype=np.int64), ends[:-1] + 1))
         returns = (ends > starts) & (data[np.maximum(ends - 1, 0)] == 13)
         ends = ends - returns
+        kept = self._wanted(text, starts, ends)
+        if kept is not None:
+            starts, ends = starts[kept], ends[kept]
         scan, sources = classify(data, text, starts, ends, self._fast, self._layouts, self._dot)
-        used, lines = len(text), starts.size
+        used, lines = len(text), starts.size if kept is None else self._lines_in
         rows = scan.records.row
-        keep = lines
+        keep = starts.size
         if not last and rows.size and len(text) - int(starts[rows[-1]]) < LONGEST:
             # what follows the last record may belong to it: both wait for the next batch
             keep = int(rows[-1])
             self._carry = text[int(starts[keep]) :] + self._carry
-            used, lines = int(starts[keep]), keep
+            used, lines = int(starts[keep]), keep if kept is None else int(kept[keep])
         self._marks(scan, starts, keep)
         if keep < starts.size:
             scan = self._before(scan, keep)
         if self._builder.first is None and scan.records.stamped.any():
             self._builder.first = int(scan.records.stamp[np.argmax(scan.records.stamped)])
+            if kept is not None:
+                # times count from the recording's first record, wanted or not
+                self._builder.first = min(self._shown_first, self._builder.first)
             self.clock = self._clock(self._builder.first)
             self._builder.clock = self.clock
-        tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line)
+        tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line, kept)
         self._stray_lines(strays, starts, ends)
         self._position += used
         self._line += lines
         return tables
+
+    def _wanted(self, text: bytes, starts: Array, ends: Array) -> Array | None:
+        """Indices of the lines that `only` asks for, and of those that are no records; None: all lines.
+
+        Names are searched in the whole text at once, so a line may hold one elsewhere: `Builder` looks again.
+        """
+        only = self._options.only
+        if not only or only & NEED_CONTEXT:
+            return None
+        before = b":" if self._layout.name == "perf" else b" "
+        places: list[int] = []
+        for name in only:
+            word = before + name.encode() + b":"
+            at = text.find(word)
+            while at >= 0:
+                places.append(at)
+                # the same line cannot be wanted twice, but it is shorter than a search for its end
+                at = text.find(word, at + len(word))
+        wanted = np.zeros(starts.size, dtype=bool)
+        wanted[np.searchsorted(starts, np.array(places, dtype=np.int64), side="right") - 1] = True
+        first = np.frombuffer(text, dtype=np.uint8)[starts]
+        for row in np.flatnonzero((first == 35) | (first == 67)).tolist():
+            # headers, marks of started buffers and of lost records
+            wanted[row] |= text.startswith((b"#", b"CPU:"), int(starts[row]))
+        self._lines_in = int(starts.size)
+        return np.flatnonzero(wanted)
 
     @staticmethod
     def _before(scan: Scan, keep: int) -> Scan:

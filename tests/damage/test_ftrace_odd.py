@@ -1,0 +1,151 @@
+"""Rare but legal ftrace: several buffers, guests' clocks, glued lines, formats of the trace options, one event only."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from parsers.ftrace.text import FtraceTextReader, TraceCmdReportReader
+from parsers.recording import RecordingError
+from tests.damage.test_ftrace_damage import line
+from tests.damage.test_ftrace_damage import read as read_text
+from tests.damage.test_tracedat_damage import Writer, busy, read
+from tests.recordings.test_tracedat import unpacked
+from tests.shared import SAMPLES
+
+SHARED = ("ftrace-linux-6.1_01-default.txt.zst", "ftrace-linux-6.1_50-clock-x86-tsc.txt.zst")
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_second_buffer_is_merged_by_time(order: str) -> None:
+    """v6 with an instance: its records are between the top buffer's, and say so in `buffer`."""
+    w = Writer(order=order, version=6)
+    top = {0: w.ring(10, w.record(0, w.event(1)) + w.record(20, w.event(3)))}
+    plain = w.file(top, options=w.pack("HIQ", 3, 8 + 6, 0) + b"inner\0")
+    table = (len(plain) + 4095) // 4096 * 4096
+    data = w.file(top, options=w.pack("HIQ", 3, 8 + 6, table) + b"inner\0").ljust(table, b"\0")
+    inner = w.ring(20, w.record(0, w.event(2)) + w.record(30, w.event(4)))
+    data += b"flyrecord\0" + w.pack("QQ", table + 4096, len(inner))
+    _, _, tables = read(data.ljust(table + 4096, b"\0") + inner)
+    rows = tables["tick"].to_pydict()
+    assert rows["irq"] == [1, 2, 3, 4] and rows["tsc"] == [10, 20, 30, 50]
+    assert rows["buffer"] == ["", "inner", "", "inner"] and rows["t_ns"] == [0, 10, 20, 40]
+
+
+def _times(stamps: list[int], samples: list[tuple[int, int, int, int]], flags: int) -> list[int]:
+    """t_ns of records at `stamps` in a guest's recording whose shift has (time, offset, scaling, fraction)."""
+    w = Writer()
+    body = w.record(0, w.event(0))
+    for number, (before, after) in enumerate(pairwise(stamps), start=1):
+        body += w.record(after - before, w.event(number))
+    option = w.pack("QIII", 1, flags, 1, len(samples))
+    for code, values in zip("QqQQ", zip(*samples, strict=True), strict=True):
+        option += w.pack(f"{len(values)}{code}", *values)
+    _, _, tables = read(w.file({0: w.ring(stamps[0], body)}, options=w.pack("HI", 12, len(option)) + option))
+    assert tables["tick"]["tsc"].to_pylist() == stamps
+    elapsed = tables["tick"]["t_ns"].to_pylist()
+    return [int(value) for value in elapsed]
+
+
+def test_time_shift_takes_the_sample_before() -> None:
+    """Without interpolation each stamp gets the offset of the sample pair that it lies in."""
+    assert _times([100, 1200, 2500], [(1000, 7, 1, 0), (2000, 50, 1, 0), (3000, 90, 1, 0)], 0) == [0, 1100, 2443]
+
+
+def test_time_shift_interpolates() -> None:
+    """With the flag the offset runs linearly between the samples, and on beyond them."""
+    samples = [(1000, 0, 1, 0), (2000, 100, 1, 0), (3000, 500, 1, 0)]
+    stamps = [1000, 1500, 2000, 2250, 3500]
+    moved = [1000, 1550, 2100, 2450, 3500 + 700]
+    assert _times(stamps, samples, 1) == [time - 1000 for time in moved]
+
+
+def test_time_shift_scales() -> None:
+    """A guest whose TSC has another speed: (stamp * scaling) >> fraction, with more than 64 bits."""
+    scaling = 3 << 47  # 1.5 with 48 bits of fraction
+    stamps = [1 << 50, (1 << 50) + 1001, (1 << 50) + 20_000]
+    wanted = [int(Fraction(stamp * scaling, 1 << 48)) for stamp in stamps]
+    assert _times(stamps, [(5, -40, scaling, 48)], 0) == [value - wanted[0] for value in wanted]
+
+
+def test_broken_format_of_a_recorded_event() -> None:
+    """An event whose format cannot be understood: its records stay as bytes, with a note where the format is."""
+    w = Writer(version=6)
+    data = w.file(busy(w))
+    broken = data.replace(b"field:u64 wide;", b"field:    wide;")
+    reader, chunks, tables = read(broken)
+    assert tables["ftrace_raw"].num_rows == 9 and reader.counts == {"event_77": 9}
+    notes = [note for chunk in chunks for note in chunk.notes if note.code == "tracedat-formats"]
+    assert len(notes) == 1 and notes[0].offset < broken.index(b"name: tick")
+
+
+def test_event_glued_to_a_marker() -> None:
+    """A marker with a NUL loses its end of line: the whole line stays the marker's, nothing is lost."""
+    first, second = line(b"sh", b"tracing_mark_write: one\0"), line(b"sh", b"softirq_entry: vec=7 [action=SCHED]")
+    _, _, tables = read_text(first.rstrip(b"\n") + second + line(b"sh", b"softirq_exit: vec=7 [action=SCHED]"))
+    (text,) = tables["tracing_mark_write"]["buf"].to_pylist()
+    assert text.startswith("one\\x00") and text.endswith("softirq_entry: vec=7 [action=SCHED]")
+    assert tables["softirq_exit"].num_rows == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"              sh   123 1 2 00010001 00000007 [000001f4] 12.345ms (+0.010ms): softirq_entry: vec=7\n",
+        b"123 1 1234567 softirq_entry: 63\n",
+        b"7b000000 01000000 1234 \n",
+        b"softirq_entry: vec=7 [action=SCHED]\n",
+    ],
+    ids=["verbose", "raw", "hex", "nocontext-info"],
+)
+def test_lines_of_other_trace_options_are_accounted(odd: bytes) -> None:
+    """Layouts that carry too little are not guessed at: each line is a damaged stretch with a note, none vanishes."""
+    data = line(b"sh", b"softirq_raise: vec=7 [action=SCHED]") + 3 * odd
+    reader, chunks, _ = read_text(data)
+    gaps = [gap for chunk in chunks for gap in chunk.gaps]
+    assert sum(gap.length for gap in gaps) == len(3 * odd) == reader.accounting.skipped
+    assert any(note.code == "ftrace-line" and note.count == 3 for chunk in chunks for note in chunk.notes)
+    with pytest.raises(RecordingError):
+        read_text(3 * odd)
+
+
+def test_report_with_instances() -> None:
+    """`trace-cmd report` puts `instance: ` before the lines of other buffers and blanks before the top one's."""
+    row = b"%b%16b-%-5d [%03d] %12b: %-20b %b\n"
+    data = b"cpus=2\n"
+    data += row % (b"       ", b"sh", 5, 0, b"1.000001", b"softirq_entry:", b"vec=7 [action=SCHED]")
+    data += row % (b"inner: ", b"<idle>", 0, 1, b"1.000003", b"softirq_exit:", b"vec=7 [action=SCHED]")
+    _, _, tables = read_text(data, TraceCmdReportReader)
+    assert tables["softirq_exit"]["buffer"].to_pylist() == ["inner"]
+    assert tables["softirq_exit"]["comm"].to_pylist() == ["<idle>"]
+    assert tables["softirq_entry"]["buffer"].to_pylist() == [""]
+    assert tables["softirq_entry"]["comm"].to_pylist() == ["sh"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_only_some_events(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`only` gives the rows that a whole reading gives, but for `seq`, whatever the batches; other events are gone."""
+    data = unpacked(SAMPLES / name)
+    _, _, whole = read_text(data)
+    only = frozenset({"irq_handler_entry", "irq_handler_exit", "sched_switch", "softirq_entry", "absent"})
+    only |= {next(event for event in sorted(whole) if event not in only and whole[event].num_rows)}
+    for batch in (12 << 20, 9_000):
+        monkeypatch.setattr("parsers.ftrace.text.BATCH", batch)
+        reader, _, some = read_text(data, FtraceTextReader, only=only)
+        assert set(some) == {event for event in whole if event in only} and len(some) >= 2
+        sequence = np.sort(np.concatenate([table["seq"].to_numpy() for table in some.values()]))
+        assert np.array_equal(sequence, np.arange(sequence.size))
+        for event, table in some.items():
+            assert table.drop_columns(["seq"]).to_pydict() == whole[event].drop_columns(["seq"]).to_pydict()
+        assert reader.accounting.skipped == 0
+
+
+def test_only_ignores_names_elsewhere_in_the_line() -> None:
+    """A marker whose text imitates a wanted event is not that event."""
+    data = line(b"a", b"tracing_mark_write: x softirq_entry: vec=1 [action=TIMER]")
+    data += line(b"a", b"softirq_entry: vec=7 [action=SCHED]")
+    reader, _, tables = read_text(data, FtraceTextReader, only=frozenset({"softirq_entry"}))
+    assert reader.counts == {"softirq_entry": 1} and tables["softirq_entry"]["offset"].to_pylist() == [2]
