@@ -107,7 +107,7 @@ def _records(words: _Words) -> _Records:
         mine = cpu == number
         key[mine] = np.maximum.accumulate(tsc[mine])
     length = np.frombuffer(steps, np.uint8)[pos].astype(np.int64)
-    return _Records(pos, length, head & 0x0FFFFFFF, stamped, cpu, np.array(window_of, np.int64), key)
+    return _Records(pos, length, head & np.uint32(0x0FFFFFFF), stamped, cpu, np.array(window_of, np.int64), key)
 
 
 def _same_state(words: _Words, records: _Records) -> tuple[int, int]:
