@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from replay.binding.base import Records
 
-__all__ = ["Estimate", "Presence", "estimate", "presence", "stamps"]
+__all__ = ["Estimate", "Presence", "estimate", "injected", "presence", "stamps"]
 
 Times = NDArray[np.int64]
 
@@ -172,9 +172,9 @@ def estimate(host: Records, guest: Records) -> Estimate | str:
         entries = platform.filter(pl.col("irq") == irq)
     else:
         irq = -1
-    injected = _injected(host)
+    found = injected(host)
     best: tuple[float, int, int, int] | None = None
-    for (dom, vector), part in sorted(injected.group_by("dom", "vector"), key=lambda item: str(item[0])):
+    for (dom, vector), part in sorted(found.group_by("dom", "vector"), key=lambda item: str(item[0])):
         if part.height < MIN_PAIRS:
             continue
         score, lag = _coarse(part["t_ns"].to_numpy(), entries["t_ns"].to_numpy())
@@ -183,7 +183,7 @@ def estimate(host: Records, guest: Records) -> Estimate | str:
     if best is None or best[0] < MIN_SCORE:
         return "no pattern of the guest's interrupts is found among the injections"
     score, lag, dom, vector = best
-    chosen = injected.filter((pl.col("dom") == dom) & (pl.col("vector") == vector)).sort("t_ns")
+    chosen = found.filter((pl.col("dom") == dom) & (pl.col("vector") == vector)).sort("t_ns")
     pairs = _pairs(chosen, entries, lag)
     if pairs.height < MIN_PAIRS:
         return f"only {pairs.height} injections can be matched with their handlers without doubt"
@@ -199,7 +199,7 @@ def estimate(host: Records, guest: Records) -> Estimate | str:
     return Estimate(2 * hi - delay, hi, len(upper), delay - hi, False, dom, vector, irq, name, score)
 
 
-def _injected(host: Records) -> pl.DataFrame:
+def injected(host: Records) -> pl.DataFrame:
     """Injections with their vCPU: seq, cpu, t_ns, until (the next stamp of that CPU), vector, dom, vcpu."""
     frame = host.scan(_INJECTED).select(
         "seq", "cpu", "t_ns", "vector", until=pl.col("t_ns") + pl.col("t_err_ns").cast(pl.Int64)

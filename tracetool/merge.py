@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parsers.open import open_recording
-from replay.binding.base import Bound
+from replay.binding.base import Bound, Context
 from replay.declare import UsageError
 from replay.events import SCHEMA
-from tracetool import ingest
+from tracetool import align, ingest
 from tracetool.clocks import HYPERVISOR, Source, common_frequency, listed, named, on_tsc, place, reference_of
 from tracetool.ingest import Ingested, IngestOptions, Progress
 from tracetool.store import DatasetWriter
@@ -86,6 +86,7 @@ def merge_recordings(
         manifest = _manifest(sources, reference, options, hz)
         _say_what_binds(manifest, sources, bounds, reference)
         streams = [_stream(source, bound) for source, bound in zip(sources, bounds, strict=True)]
+        streams += _callback_streams(sources, reference, manifest)
         manifest["events"] = writer.write_events(merged(streams), SCHEMA)
         manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
         writer.finish(manifest)
@@ -164,7 +165,7 @@ def _shift(table: pa.Table, schema: pa.Schema, source: Source) -> pa.Table:
 def _bind(source: Source, sources: Sequence[Source], options: IngestOptions) -> Bound:
     """Canonical events of one recording; the hypervisor's binding is told what its guests' recordings show."""
     guests = [
-        {"records": _Shifted(s), "dom": s.dom, "vector": s.match.vector if s.match else None, "label": s.label}
+        _told(s)
         for s in sources
         if s.is_guest and source.reader.format in HYPERVISOR
     ]
@@ -183,6 +184,39 @@ def _stream(source: Source, bound: Bound) -> Iterator[pa.Table]:
             batch = _of_guest(batch, source.dom)
         if batch.num_rows:
             yield batch
+
+
+def _callback_streams(
+    sources: Sequence[Source], reference: Source, manifest: dict[str, Any]
+) -> list[Iterator[pa.Table]]:
+    """What a guest's recording says of the interrupt by which the hypervisor reaches it."""
+    from replay.binding import xentrace_hvm, xentrace_via
+
+    streams: list[Iterator[pa.Table]] = []
+    records = _Shifted(reference)
+    hvm = xentrace_hvm.survey(records)
+    for source in sources:
+        if not source.is_guest or not hvm.usable:
+            continue
+        context = Context(source.label, source.rows, "ns", None, options={"guests": [_told(source)]})
+        found = xentrace_via.survey(records, context, True)
+        if found.guest is None:
+            continue
+        taken = align.injected(records).filter(
+            (pl.col("dom") == source.dom) & (pl.col("vector") == (-1 if found.vector is None else found.vector))
+        )
+        config = manifest["facts"].get("callback_config")
+        if config is not None and taken.height:
+            config["rte_dest_vcpu"] = int(taken["vcpu"].mode().sort()[0])
+        batches = xentrace_via.of_guest(found, taken, source.label, source.rows)
+        streams.append(_stream(source, Bound({}, {}, batches)))
+    return streams
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """What the hypervisor's binding may know of a guest's recording."""
+    vector = source.match.vector if source.match and source.match.name else None
+    return {"records": _Shifted(source), "dom": source.dom, "vector": vector, "label": source.label}
 
 
 def _of_guest(batch: pa.Table, dom: int) -> pa.Table:

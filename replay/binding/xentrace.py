@@ -8,7 +8,7 @@ from typing import Any, Final
 import polars as pl
 import pyarrow as pa
 
-from replay.binding import xentrace_hpet, xentrace_hvm
+from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_via
 from replay.binding.base import Assembler, Bound, Context, Records, event, slices
 from replay.coverage import Observation
 
@@ -24,14 +24,16 @@ def bind(records: Records, context: Context) -> Bound:
     """Survey the recording once, then give its events slice by slice in bounded memory."""
     hpet = xentrace_hpet.survey(records, context)
     hvm = xentrace_hvm.survey(records)
+    via = xentrace_via.survey(records, context, hvm.usable)
     observed: dict[str, Observation] = {
         "trace.lost": Observation(100, "TRC_LOST_RECORDS and damage found by the reader"),
         **_scheduling(records),
         **hpet.observed,
         **hvm.observed,
+        **via.observed,
     }
-    facts: dict[str, Any] = {"domains": _domains(records), **hpet.facts, **hvm.facts}
-    return Bound(observed, facts, _batches(records, context, hpet, hvm))
+    facts: dict[str, Any] = {"domains": _domains(records), **hpet.facts, **hvm.facts, **via.facts}
+    return Bound(observed, facts, _batches(records, context, hpet, hvm, via))
 
 
 def _domains(records: Records) -> dict[str, int]:
@@ -57,14 +59,20 @@ def _scheduling(records: Records) -> dict[str, Observation]:
 
 
 def _batches(
-    records: Records, context: Context, hpet: xentrace_hpet.Survey, hvm: xentrace_hvm.Survey
+    records: Records,
+    context: Context,
+    hpet: xentrace_hpet.Survey,
+    hvm: xentrace_hvm.Survey,
+    via: xentrace_via.Survey,
 ) -> Iterator[pa.Table]:
     assembler = Assembler(context.source)
     idle = xentrace_hpet.Binder(records, context, hpet)
     virtual = xentrace_hvm.Binder(records, hvm)
     lost = _lost(context)
     for lo, hi in slices(context.rows):
-        frames = [*idle.events(lo, hi), *virtual.events(lo, hi), *_runstates(records, lo, hi)]
+        lapics = list(virtual.events(lo, hi))
+        callback = xentrace_via.of_machine(via, lapics, virtual.entries(lo, hi))
+        frames = [*idle.events(lo, hi), *lapics, *callback, *_runstates(records, lo, hi)]
         if lo == 0:
             frames.append(lost)
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]

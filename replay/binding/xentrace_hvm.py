@@ -80,6 +80,7 @@ class Binder:
         self.found = found
         self.tables = records.tables()
         self.running = pl.DataFrame(schema={"seq": pl.UInt64, "cpu": pl.UInt16, "dom": pl.UInt16, "vcpu": pl.UInt16})
+        self.switches = self.running
         self.acknowledged = pl.DataFrame(schema={"seq": pl.UInt64, "cpu": pl.UInt16})
 
     def _read(self, name: str, lo: int, hi: int, *columns: str) -> pl.DataFrame | None:
@@ -92,7 +93,7 @@ class Binder:
         """Events of the records with lo <= seq < hi."""
         if not self.found.usable:
             return
-        switches = self._switches(lo, hi)
+        switches = self.switches = self._switches(lo, hi)
         yield from self._created(lo, hi)
         yield from self._injections(lo, hi, switches)
         for frame in self._eois(lo, hi):
@@ -109,6 +110,11 @@ class Binder:
                 self._who(asleep, switches), "lapic.idle", "TRC_HVM_HLT",
                 dom=pl.col("dom"), vcpu=pl.col("vcpu"), conf=80,
             )  # fmt: skip
+
+    def entries(self, lo: int, hi: int) -> pl.DataFrame | None:
+        """VM entries of the slice that `events` was last asked for, with their dom and vcpu."""
+        frame = self._read("TRC_HVM_VMENTRY", lo, hi)
+        return None if frame is None else self._who(frame, self.switches)
 
     def _switches(self, lo: int, hi: int) -> pl.DataFrame:
         """Who runs on a CPU from a record on: (seq, cpu, dom, vcpu), with the last of the slice before."""

@@ -18,6 +18,7 @@ from replay.events import SCHEMA, events_from_json
 from tests.shared import shared_path
 from tracetool import align, cli
 from tracetool.ingest import Ingested, IngestOptions, ingest, parse_offset
+from tracetool.replaying import Settings, choose, replay_dataset
 from tracetool.store import Dataset
 from tracetool.streams import merged
 
@@ -223,3 +224,49 @@ def test_json_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert cli.run(["ingest", *names, "-o", str(tmp_path / "d"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["clock"]["offsets"]["dom0-light.dat.zst"]["kind"] == "same-tsc"
+
+
+def test_a_healthy_callback_raises_nothing_and_the_2008_code_would_have(estimated: Dataset) -> None:
+    """Document 001 alive: the recorded run is clean; routed to vCPU 1, the code of 2008 injects in vain."""
+    facts = estimated.manifest["facts"]["callback_config"]
+    assert facts == {"gsi": 24, "vector": 0x21, "gsi_shared": 0, "rte_dest_vcpu": 0}
+    recorded = replay_dataset(estimated, Settings(systems=("callback",)))[0]
+    assert [f for f in recorded["findings"] if f["severity"] != "info"] == []
+    counted = estimated.scan("TRC_HVM_INJ_VIRQ").filter(pl.col("vector") == 0x21).select(pl.len()).collect().item()
+    assert recorded["metrics"]["injections"] == counted == 807
+    assert recorded["metrics"]["callback_eois"] == 807
+    assert recorded["metrics"]["handlers"] == 661
+    assert "spurious_injections" not in recorded["metrics"] or recorded["metrics"]["spurious_injections"] == 0
+    runs = {}
+    for policy in ("current", "proposed", "applied"):
+        settings_ = Settings((choose(f"callback={policy}"),), ("callback",), {"callback": {"rte_dest_vcpu": 1}})
+        runs[policy] = replay_dataset(estimated, settings_)[0]["metrics"]
+    assert runs["current"]["spurious_injections"] > 100 * max(1, runs["proposed"]["spurious_injections"])
+    assert runs["current"]["useful_injections"] > 500
+
+
+def test_the_handler_follows_its_injection(estimated: Dataset) -> None:
+    """In the canonical order too, for all but the handlers of which the injection was not recorded."""
+    events = (
+        estimated.events()
+        .with_columns(pl.col("kind").cast(pl.String))
+        .filter(pl.col("kind").is_in(["via.inject", "via.eoi", "via.isr_begin", "via.isr_end"]) & (pl.col("vcpu") == 0))
+        .select("seq", "kind", "obj", "t_ns")
+        .collect()
+    )
+    rows = [r for r in events.iter_rows() if r[1] != "via.inject" or r[2] == 0x21]
+    begun = [i for i, r in enumerate(rows) if r[1] == "via.isr_begin"]
+    last = max(r[3] for r in rows if r[1] == "via.inject")
+    inside = [i for i in begun if rows[i][3] < last]
+    assert len(inside) > 250
+    assert sum(rows[i - 1][1] == "via.inject" for i in inside) >= 0.98 * len(inside)
+
+
+def test_without_the_guest_no_vector_is_guessed(tmp_path: Path) -> None:
+    alone = Dataset.open(put(tmp_path / "d", INTX[:1]).path)
+    assert "callback_config" not in alone.manifest["facts"]
+    assert "--set callback.vector" in alone.manifest["facts"]["callback"]
+    run = replay_dataset(alone, Settings(systems=("callback",)))[0]
+    assert run["metrics"]["injections"] == 0
+    told = replay_dataset(alone, Settings(systems=("callback",), values={"callback": {"vector": 0x21}}))[0]
+    assert told["metrics"]["injections"] == 807
