@@ -165,7 +165,7 @@ class Words:
         self, samples: pl.DataFrame, rows: Any, word: int, clears: pl.DataFrame | None
     ) -> list[tuple[int, int]]:
         """Rows at which a pending bit of `word` is first seen set, with the port."""
-        values = samples[f"pend{word}"].to_numpy()[rows].astype(np.uint64)
+        values = samples[f"pend{word}"].drop_nulls().to_numpy()  # nulls would make them floats
         seq = samples["seq"].to_numpy()[rows].astype(np.int64)
         when = samples["t_ns"].to_numpy()[rows]
         cpu = samples["cpu"].to_numpy()[rows]
@@ -191,6 +191,12 @@ class Words:
                 at = last[known]
                 near = (when[known] - c_when[at] < QUIET_NS) & (cpu[known] != c_cpu[at])
                 believed[known] = ~(near & (level[known] == 1))
+            after = last + 1  # a sample of another CPU may show the clear that its stamp precedes
+            ahead = after < len(c_seq)
+            if ahead.any():
+                at = after[ahead]
+                near = (c_when[at] - when[ahead] < QUIET_NS) & (cpu[ahead] != c_cpu[at])
+                believed[ahead] &= ~(near & (level[ahead] == 0))
             keep = np.flatnonzero(believed)
             order_key = np.concatenate((seq[keep] * 2, c_seq * 2 + 1))
             levels = np.concatenate((level[keep], np.zeros(len(c_seq), np.int8)))
