@@ -23,6 +23,8 @@ TABLES: Final = frozenset({"gic_cpu_read", "gic_cpu_write", "gic_dist_write", "g
 #: How far before its record an inferred event may lie (ns).
 HOLD_NS: Final = 100_000_000
 
+#: Lines around a slice in which the reason of an entry, or the way to a move, is looked for.
+REACH: Final = 8192
 ERR_LIMIT: Final = (1 << 32) - 1
 
 PRIVATE: Final = 32
@@ -49,7 +51,8 @@ class Binder:
         self.targets: dict[int, int] = {}  # of SPIs: mask of cores
         #: of list registers (core, number): word written last, and whether the hypervisor has found it empty since
         self.loaded: dict[tuple[int, int], tuple[int, bool]] = {}
-        self.entries: list[tuple[int, int]] = []  # recent entries: (t ns, core)
+        #: The end of the slice before: accesses to GICH, loads, clears and entries.
+        self.tail: dict[str, pl.DataFrame] = {}
         self.routed = self._survey()
 
     # -- survey ------------------------------------------------------------------------------------------------
@@ -151,7 +154,9 @@ class Binder:
             )  # fmt: skip
         if hyp is not None:
             yield from self._list_registers(hyp)
-            yield from self._virtual(hyp, cpu_if, dist)
+            beyond = self._slice("gicc_reg", hi, hi + REACH, "write", "virtual", "core", "reg", "irq")
+            later = self._slice("gich_reg", hi, hi + REACH, "write", "reg")
+            yield from self._virtual(hyp, cpu_if, dist, beyond, later)
 
     def _slice(self, name: str, lo: int, hi: int, *columns: str) -> pl.DataFrame | None:
         if name not in self.tables:
@@ -218,8 +223,9 @@ class Binder:
     # -- virtual -----------------------------------------------------------------------------------------------
 
     def _virtual(
-        self, hyp: pl.DataFrame, cpu_if: pl.DataFrame | None, dist: pl.DataFrame | None
-    ) -> Iterator[pl.DataFrame]:
+        self, hyp: pl.DataFrame, cpu_if: pl.DataFrame | None, dist: pl.DataFrame | None, beyond: pl.DataFrame | None,
+        later: pl.DataFrame | None,
+    ) -> Iterator[pl.DataFrame]:  # fmt: skip
         """The guest's interrupts that are tied to physical ones (the others never reach another vcpu)."""
         if not self.routed:
             return
@@ -239,10 +245,17 @@ class Binder:
             yield event(eois, "vgic.eoi", "gic_cpu_write", obj=pl.col("irq"), **who)
             maint = cpu_if.filter(~pl.col("write"), ~pl.col("virtual"), pl.col("irq") == MAINTENANCE)
             yield event(maint, "vgic.maint", "gic_cpu_read", rank=1)
-        entries = self._entries(hyp, cpu_if)
+        reads = [f.select("seq", "write", "virtual", "core", "reg", "irq") for f in (cpu_if, beyond) if f is not None]
+        entries = self._entries(hyp, pl.concat(reads) if reads else None, later)
         yield event(entries.filter("own"), "vgic.hyp_entry", "gic_hyp_read", **place)
+        around = {
+            "hyp": hyp.select("seq", "cpu"), "loads": loads.select("seq", "cpu", "virq"),
+            "cleared": cleared.select("seq", "cpu", "virq"), "entries": entries,
+        }  # fmt: skip
+        around = {name: pl.concat([self.tail[name], f]) if self.tail else f for name, f in around.items()}
         if dist is not None:
-            yield from self._moves(dist, hyp, loads, cleared, entries)
+            yield from self._moves(dist, around["hyp"], around["loads"], around["cleared"], around["entries"])
+        self.tail = {name: f.tail(REACH) for name, f in around.items()}
 
     def _registers(self, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Loads of routed interrupts, and the reads at which the hypervisor finds such a list register empty.
@@ -272,21 +285,26 @@ class Binder:
                 loaded[(cpu, lr)] = (word, True)
         return frame[cleared], frame[loads]
 
-    def _entries(self, hyp: pl.DataFrame, cpu_if: pl.DataFrame | None) -> pl.DataFrame:
+    def _entries(
+        self, hyp: pl.DataFrame, cpu_if: pl.DataFrame | None, later: pl.DataFrame | None
+    ) -> pl.DataFrame:
         """Entries into the hypervisor. `own`: for a reason of the guest's own, not one that the vGIC brought about.
 
         The physical interrupt that is acknowledged before the next entry is the reason; a routed SPI or an event
         check is an outcome and not a trap (spec S3.7).
         """
-        entry = hyp.filter(~pl.col("write"), pl.col("reg") == "HCR", pl.col("cpu").is_not_null()).select(*_COMMON)
+        both = [f.select(*_COMMON, "write", "reg") for f in (hyp, later) if f is not None]
+        entry = pl.concat(both).filter(~pl.col("write"), pl.col("reg") == "HCR", pl.col("cpu").is_not_null())
+        entry = entry.select(*_COMMON)
+        end = hyp["seq"].max()
         if cpu_if is None:
-            return entry.with_columns(own=pl.lit(True))
+            return entry.filter(pl.col("seq") <= end).with_columns(own=pl.lit(True))
         taken = cpu_if.filter(~pl.col("write"), ~pl.col("virtual"), pl.col("reg") == "IAR")
         taken = taken.select("seq", cpu=pl.col("core"), irq="irq").with_columns(pl.col("cpu").cast(entry["cpu"].dtype))
         brought = [*self.routed, SGI_EVENT_CHECK]
-        both = pl.concat([entry, taken], how="diagonal").sort("seq")
-        both = both.with_columns(reason=pl.col("irq").shift(-1).over("cpu"))
-        return both.filter(pl.col("irq").is_null()).select(
+        rows = pl.concat([entry, taken], how="diagonal").sort("seq")
+        rows = rows.with_columns(reason=pl.col("irq").shift(-1).over("cpu"))
+        return rows.filter(pl.col("irq").is_null(), pl.col("seq") <= end).select(
             *_COMMON, own=pl.col("reason").is_in(brought).fill_null(False).not_()
         )
 

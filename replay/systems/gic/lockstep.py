@@ -234,9 +234,10 @@ class GicLockstep(Lockstep):
             self.compare(PHYSICAL_ACK, cpu, value, expected if certain else NIL, t, seq)
             return
         self.compare(PHYSICAL_ACK, cpu, value, (signalled if signalled >= 0 else SPURIOUS) if certain else NIL, t, seq)
-        if signalled >= 0 and not self.sure(signalled, cpu):
-            self.distributor.edge[signalled] = True  # its line is high, and yet it is not pending here
-            self.distributor.latch[signalled] &= ~(1 << cpu)
+        if signalled >= 0:
+            if not self.sure(signalled, cpu):
+                self.distributor.edge[signalled] = True  # its line is high, and yet it is not pending here
+            self.distributor.latch[signalled] &= ~(1 << cpu)  # U4, so that one cause is one mismatch
         if irq < self.irqs:
             self.take(core, irq, cpu)
 

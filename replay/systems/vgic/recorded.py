@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["RecordedVgic"]
 
 MAX_LRS: Final = 64
+#: Rows of the table of moves; a guest that rotates affinities all day would fill memory.
+MAX_MOVES: Final = 10_000
 
 
 class RecordedVgic(VgicBase):
@@ -44,6 +46,8 @@ class RecordedVgic(VgicBase):
         self.sgis: int = 0
         self.hyp_entries: int = 0
         self.maintenance_irqs: int = 0
+        self.moves: list[dict[str, int | str | None]] = []  # writes to ITARGETSR, for `extra`
+        self.moving: dict[int, dict[str, int | str | None]] = {}  # by interrupt, until the new vcpu takes it
 
     def knows_start(self) -> bool:
         """Only in a recording that begins with the system and has lost nothing so far (U1, U2)."""
@@ -106,8 +110,30 @@ class RecordedVgic(VgicBase):
             q.migrating = UNKNOWN
             q.mismatch_since = NIL
         else:
+            self.note_move(q, writer, new)
             self.policy.on_itargets(self, q, writer, new)
         self.monitor.check(q)
+
+    def note_move(self, q: Irq, writer: int, new: int) -> None:
+        """A row of `extra["vgic_moves"]`: when the guest moved it, in which state, when that was done."""
+        held = q.lr >= 0
+        word = self.vcpus[q.inflight_on].lrs.words[q.lr] if held and q.inflight_on >= 0 else 0
+        states = ("empty, not noticed yet", "pending", "active", "pending and active")
+        row: dict[str, int | str | None] = {
+            "t_ns": self.now, "irq": q.obj, "writer": writer, "from": q.target if q.target >= 0 else None, "to": new,
+            "list_register": states[lr_state(word)] if held else "none",
+            "physical": {0: "idle", 1: "active"}.get(q.p_active, "unknown"),
+            "completed_ns": None, "next_ack_ns": None,
+        }  # fmt: skip
+        self.moving[q.id] = row
+        if len(self.moves) < MAX_MOVES:
+            self.moves.append(row)
+
+    def end_migration(self, q: Irq) -> None:
+        row = self.moving.get(q.id)
+        if row is not None:
+            row["completed_ns"] = self.now
+        super().end_migration(q)
 
     def enable(self, q: Irq, v: int) -> None:
         q.enabled = 1
@@ -277,6 +303,10 @@ class RecordedVgic(VgicBase):
 
     def acked(self, v: int, q: Irq) -> None:
         """G5. The interrupt was in a list register of `v`."""
+        row = self.moving.get(q.id)
+        if row is not None and row["to"] == v:
+            row["next_ack_ns"] = self.now
+            del self.moving[q.id]
         lr = self.holder(q, v)
         if lr >= 0:
             vcpu = self.vcpus[v]
@@ -340,6 +370,8 @@ class RecordedVgic(VgicBase):
         self.monitor.time_out(action, self.irqs[a], c)
 
     def conclude(self, t_end: int) -> None:
+        if self.moves:
+            self.extra["vgic_moves"] = self.moves
         for q in self.irqs:
             self.monitor.concluded(q)
 
