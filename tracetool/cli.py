@@ -91,13 +91,16 @@ def info(
     xen_version: XenVersion = None,
     format: Format = None,
     hpet_irqs: HpetIrqs = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Where the time goes from timer deadline to the guest's handler.")
+    ] = False,
     event_map: EventMap = None,
 ) -> None:
     """Say what was recorded, how well, and which systems can be checked."""
     from tracetool import commands
 
     options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
-    raise typer.Exit(commands.info(target, options, json=json))
+    raise typer.Exit(commands.info(target, options, json=json, budget=budget))
 
 
 @app.command(epilog="Example:  tracetool replay boot.xentrace.zst --policy current --policy proposed")

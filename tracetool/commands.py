@@ -150,10 +150,17 @@ def ingest(recordings: Sequence[str], output: Path, options: IngestOptions, *, j
     return exits.UNREADABLE if ingested.damaged else exits.CLEAN
 
 
-def info(target: str, options: IngestOptions, *, json: bool) -> int:
-    """`tracetool info`."""
+def info(target: str, options: IngestOptions, *, json: bool, budget: bool = False) -> int:
+    """`tracetool info`; `budget` follows wakes from the deadline to the guest's handler."""
     dataset = _dataset(target, options)
-    print(jsonlib.dumps(describe.info_document(dataset)) if json else describe.info_text(dataset))
+    spent = describe.wake_budget(dataset) if budget else None
+    if json:
+        document = describe.info_document(dataset)
+        print(jsonlib.dumps(document if spent is None else {**document, "budget": spent}))
+    elif spent is None:
+        print(describe.info_text(dataset))
+    else:
+        print("\n".join(describe.wake_budget_text(spent)))
     return exits.CLEAN
 
 

@@ -12,7 +12,17 @@ from tracetool.results import SEVERITIES, fold
 from tracetool.store import Dataset
 from tracetool.terminal import clean
 
-__all__ = ["code_document", "code_text", "info_document", "info_text", "ingest_document", "ingest_text", "runs_text"]
+__all__ = [
+    "code_document",
+    "code_text",
+    "info_document",
+    "info_text",
+    "ingest_document",
+    "ingest_text",
+    "runs_text",
+    "wake_budget",
+    "wake_budget_text",
+]
 
 
 def _seconds(ns: int | None, unit: str) -> str:
@@ -127,6 +137,33 @@ def info_document(dataset: Dataset) -> dict[str, Any]:
             for name, system in SYSTEMS.items()
         },
     }
+
+
+def wake_budget(dataset: Dataset) -> dict[str, Any]:
+    """Where the time goes from a broadcast deadline to the guest's handler (`replay.budget`)."""
+    import polars as pl
+
+    from replay.budget import KINDS, budget, wakes
+
+    columns = ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val")
+    events = (
+        dataset.events()
+        .select(columns)
+        .with_columns(pl.col("kind").cast(pl.String))
+        .filter(pl.col("kind").is_in(list(KINDS)))
+        .collect()
+    )
+    return budget(wakes(events))
+
+
+def wake_budget_text(spent: dict[str, Any]) -> Sequence[str]:
+    """The budget for a terminal."""
+    from replay.budget import budget_text
+
+    return budget_text(spent) or [
+        "no wake can be followed to a guest's handler: ingest the hypervisor's xentrace (-e 0x00803000 and the "
+        "scheduler) together with the guest's ftrace on one clock"
+    ]
 
 
 def info_text(dataset: Dataset) -> str:
