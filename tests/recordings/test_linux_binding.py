@@ -107,8 +107,8 @@ def test_two_level_state_from_samples(tmp_path: Path, name: str, flows: int, cle
 
 
 def test_unmask_of_2005_would_strand_one_port(tmp_path: Path) -> None:
-    """Port 44 was pending when vCPU 3 unmasked it for vCPU 1: the local unmask sets the wrong selector bit, and the port
-    waits until port 55 happens to share its word. With EVTCHNOP_unmask nothing strands."""
+    """Port 44 was pending when vCPU 3 unmasked it for vCPU 1: the local unmask sets the wrong selector bit, and the
+    port waits until port 55 happens to share its word. With EVTCHNOP_unmask nothing strands."""
     dataset = stored(shared_path("recordings/xen-2l/dom0-light.dat.zst"), tmp_path)
     runs = replayed(dataset, "evtchn=current", "evtchn=proposed", systems=("evtchn",))
     found = [(f["code"], f["vcpu"], f["obj"]) for f in runs["evtchn current"]["findings"] if f["severity"] != "info"]
