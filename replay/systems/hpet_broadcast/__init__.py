@@ -21,7 +21,7 @@ def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
     if sub == "mwait":
         return MwaitHandshake(policy, config, sink)
     if not sink.closed:
-        return RecordedBroadcast(config, sink)
+        return RecordedBroadcast(policy, config, sink)
     return HpetBroadcast(policy, config, sink)
 
 

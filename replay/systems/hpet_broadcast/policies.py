@@ -47,6 +47,10 @@ class BroadcastPolicy:
     owner_is_member: ClassVar[bool] = True
     #: Whether a scenario's stale `dest` can exist under this policy.
     retargets: ClassVar[bool] = False
+    #: Whether the interrupt is ever pointed at another CPU than the one that took the free channel (B4).
+    moves_interrupt: ClassVar[bool] = True
+    #: Whether only a sleeping CPU may own a channel (B6).
+    owner_must_sleep: ClassVar[bool] = False
     #: mwait hand-shake that belongs to it.
     mwait: ClassVar[str] = "cmpxchg"
 
@@ -171,6 +175,8 @@ class Proposed(BroadcastPolicy):
     entry_mode = IRQS_OFF
     vector_parameter = "direct_vector"
     owner_is_member = False
+    moves_interrupt = False
+    owner_must_sleep = True
 
     def pick(self, m: HpetBroadcast, cpu: Cpu) -> None:
         """B1 own, else B2 join, else B3 shorten."""
@@ -235,6 +241,7 @@ class ProposedKeep(Proposed):
     """As proposed, but an awake owner keeps serving its wake list."""
 
     name = "proposed-keep"
+    owner_must_sleep = False
 
     def pick(self, m: HpetBroadcast, cpu: Cpu) -> None:
         """An owner that goes idle again stays on its channel and shortens it if needed."""

@@ -18,6 +18,8 @@ from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Evidence, Sink
 from replay.systems.hpet_broadcast import codes
+from replay.systems.hpet_broadcast.comparators import ORPHAN_CHECK, OWNER_CHECK, ComparatorRules
+from replay.systems.hpet_broadcast.policies import BroadcastPolicy
 from replay.words import span
 
 __all__ = ["RecordedBroadcast"]
@@ -28,6 +30,9 @@ BEGIN: Final = KIND_ID["hpet.handler.begin"]
 END: Final = KIND_ID["hpet.handler.end"]
 RETARGET: Final = KIND_ID["hpet.retarget"]
 PROGRAM: Final = KIND_ID["hpet.program"]
+FIRE: Final = KIND_ID["hpet.fire"]
+ISR_BEGIN: Final = KIND_ID["isr.begin"]
+ISR_END: Final = KIND_ID["isr.end"]
 LOST: Final = KIND_ID["trace.lost"]
 
 #: Flag of trace.lost.
@@ -101,10 +106,12 @@ class _Suspect:
 class RecordedBroadcast(Machine):
     """State of idle CPUs and channel interrupts as recorded."""
 
-    columns: ClassVar[tuple[str, ...]] = ("kind", "seq", "t_ns", "cpu", "obj", "tgt", "val", "flags")
+    columns: ClassVar[tuple[str, ...]] = ("kind", "seq", "t_ns", "cpu", "obj", "tgt", "val", "val2", "flags")
 
-    def __init__(self, config: Config, sink: Sink) -> None:
+    def __init__(self, policy: BroadcastPolicy, config: Config, sink: Sink) -> None:
         super().__init__(sink)
+        self.policy = policy
+        self.comparators = ComparatorRules(policy, config, sink, self.agenda)
         self.slop_ns = config.integer("slop_ns")
         self.miss_ns = config.integer("miss_ns")
         self.stack_limit = config.integer("stack_limit")
@@ -136,7 +143,7 @@ class RecordedBroadcast(Machine):
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         self.handlers_recorded = self.sees("hpet.handler.begin")
         self.handler_conf = 100 if self.observed is None else INFERRED
-        for kind, seq, t, cpu, obj, tgt, val, flags in rows:
+        for kind, seq, t, cpu, obj, tgt, val, val2, flags in rows:
             self.advance(t)
             if kind == ENTER:
                 self.enter(self.cpu(cpu), val, seq)
@@ -152,8 +159,13 @@ class RecordedBroadcast(Machine):
                 else:
                     self.retarget(self.channel(obj), tgt, cpu, seq)
             elif kind == PROGRAM:
-                self.channel(obj).named = True
-                self.channel(obj).owner = tgt if tgt != NONE else cpu
+                self.program(self.channel(obj), cpu, tgt if tgt != NONE else cpu, val, val2)
+            elif kind == FIRE:
+                self.comparators.message(t, obj, cpu, seq)
+            elif kind == ISR_BEGIN:
+                self.comparators.isr_begin(cpu, obj)
+            elif kind == ISR_END:
+                self.comparators.isr_end(cpu, obj)
             elif kind == LOST:
                 self.gap(cpu, flags)
                 self.taint(cpu, val, t)
@@ -179,10 +191,22 @@ class RecordedBroadcast(Machine):
                     self.suspects.remove(suspect)
                     self.judge(suspect)
                     break
+        elif action == ORPHAN_CHECK:
+            if not self.open_gaps:
+                self.comparators.orphan_check(self.now, a, self.cpus)
+        elif action == OWNER_CHECK:
+            if self.cpus[b].generation == c:
+                self.comparators.owner_check(self.now, a, self.cpus[b])
         elif action == MISSED:
             p = self.cpus[a]
             if p.generation == c and p.asleep == 1 and self.all_seen_since(p.since):
                 self.missed(p, self.now, NONE)
+
+    def program(self, ch: _Channel, cpu: int, owner: int, armed: int, reason: int) -> None:
+        """A4: a comparator is written, which also names the channel's owner."""
+        ch.named = True
+        ch.owner = owner
+        self.comparators.programmed(self.now, ch.index, cpu, owner, armed, reason)
 
     # -- idle --------------------------------------------------------------------------------------------------
 
@@ -194,6 +218,7 @@ class RecordedBroadcast(Machine):
         p.deadline = deadline if deadline not in (NIL, 0) else INF
         p.generation += 1
         self.sleeps += 1
+        self.comparators.entered(self.now, p, seq)
         if p.deadline < INF:
             self.agenda.at(p.deadline + self.miss_ns, SOFTWARE, MISSED, p.index, 0, p.generation)
 
@@ -214,8 +239,10 @@ class RecordedBroadcast(Machine):
         p.since = self.now
         p.deadline = INF
         p.generation += 1
+        self.comparators.exited(self.now, p)
         for ch in self.channels.values():
-            if ch.owner == p.index and not self.fixed_owners:  # A8: hands it over, which is recorded, or releases it
+            # A8: it hands the channel over, which is recorded, or releases it. B6: it must have given it up.
+            if ch.owner == p.index and not self.fixed_owners and not self.policy.owner_must_sleep:
                 ch.owner = NONE
                 ch.released_at = self.now
 
@@ -278,6 +305,7 @@ class RecordedBroadcast(Machine):
             self.retargets += 1
             self.sink.report(
                 codes.RETARGET, self.now, cpu=by, obj=ch.index, tgt=target, val=ch.target, seq=seq, conf=80,
+                severity="" if self.policy.moves_interrupt else "error",
                 expected="", observed=f"pointed from cpu {ch.target} to cpu {target} by cpu {by}",
             )  # fmt: skip
         ch.target = target
@@ -285,10 +313,12 @@ class RecordedBroadcast(Machine):
         ch.moved_seq = seq
         if ch.named or self.fixed_owners:
             ch.owner = target
+            self.comparators.moved(self.now, ch.index, target, seq)
 
     def begin(self, ch: _Channel, p: _Cpu, seq: int) -> None:
         """A6: a channel's handler starts on a CPU."""
         self.handlers += 1
+        self.comparators.began(self.now, ch.index, seq)
         p.stack.append((ch.index, self.now, seq))
         depth = len(p.stack)
         self.max_nesting = max(self.max_nesting, depth)
@@ -400,6 +430,7 @@ class RecordedBroadcast(Machine):
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         """U2: the CPU's idle state and stack are unknown, and it may have moved any channel."""
+        self.comparators.forget()
         for p in self.cpus.values():
             if cpu in (NONE, p.index):
                 p.asleep = UNKNOWN
