@@ -206,7 +206,7 @@ def _notices(system: str) -> str:
     for bug in BUGS:
         if bug.system == system and check_bug(bug)["problems"]:
             return "seeded"
-    tests = {"apic": ["test_ioapic_rules.py"], "gic": []}.get(system, [f"test_{system}_rules.py"])
+    tests = {"apic": ["test_apic_rules.py", "test_ioapic_rules.py"]}.get(system, [f"test_{system}_rules.py"])
     paths = [str(ROOT / "tests" / "conformance" / name) for name in tests]
     paths = [path for path in paths if Path(path).exists()]
     if paths:

@@ -163,6 +163,9 @@ class ApicMachine(Machine):
         if IOAPIC_LINE <= kind <= HPET_FIRE:
             self.block(kind, seq, dom, obj, tgt, val, val2)
             return
+        if kind == LOST:  # of all CPUs at once it belongs to no processor
+            self.taint(cpu, val, self.now)
+            return
         p = self.processors.get(key)
         if p is None:
             p = self.discover(key, cpu, dom, vcpu)
@@ -190,8 +193,6 @@ class ApicMachine(Machine):
             self.reset(p, dom, vcpu)
         elif kind == SNAPSHOT:
             self.snapshot(p, obj, tgt, val)
-        elif kind == LOST:
-            self.taint(cpu, val, self.now)
 
     def start(self) -> None:
         """What the recording can show decides which rules may speak."""
@@ -269,6 +270,7 @@ class ApicMachine(Machine):
                 del p.frames[index]
                 break
         if vector in p.lapic.isr:
+            p.returned_at[vector] = self.now
             self.agenda.at(self.now + self.eoi_overdue_ns, SOFTWARE, EOI_LIMIT, p.serial, vector, p.generation)
 
     def run(self, p: Processor, cpu: int) -> None:
@@ -371,8 +373,10 @@ class ApicMachine(Machine):
         if c != p.generation:
             return
         if action == EOI_LIMIT:
-            if b in p.lapic.isr and not any(v == b for v, _ in p.frames):
-                self.monitor.overdue(p, b, self.now, self.now - self.eoi_overdue_ns)
+            # A later service of the same vector has a time-out of its own.
+            since = self.now - self.eoi_overdue_ns
+            if b in p.lapic.isr and p.returned_at[b] == since and not any(v == b for v, _ in p.frames):
+                self.monitor.overdue(p, b, self.now, since)
         elif action == IRR_LIMIT:
             self.irr_limit(p, b)
         elif action == IRR_WATCH:

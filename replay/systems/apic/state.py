@@ -22,7 +22,7 @@ class Processor:
 
     __slots__ = (
         "conf", "cpu", "deliverable_since", "deliveries", "dom", "eois", "frames", "frames_known", "generation", "key",
-        "lapic", "recent", "requested_at", "running", "serial", "vcpu", "watched",
+        "lapic", "recent", "requested_at", "returned_at", "running", "serial", "vcpu", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -40,6 +40,7 @@ class Processor:
         self.conf: int = 100
         self.deliverable_since: int = 0
         self.requested_at: dict[int, int] = {}
+        self.returned_at: dict[int, int] = {}  # when the handler of a vector last returned before its EOI
         self.watched: bool = False  # the agenda has an entry for the oldest request
         self.generation: int = 0
         self.deliveries: list[int] = [0] * (VECTORS + 1)
