@@ -74,7 +74,7 @@ def test_a_cpu_around_its_sleep_may_own_the_channel(just: str) -> None:
     events = {
         "woken": [*AWAKE, *handled(0, 3, 1 * MS + 90 * US)],
         "going to sleep": [
-            *AWAKE, *handled(0, 3, 4 * MS), asleep(3, 4 * MS + 100 * US, MS), e(5 * MS, "idle.exit", cpu=3, tgt=0),
+            *AWAKE, *handled(0, 3, 4 * MS), asleep(3, 4 * MS + 100 * US, 2 * MS), e(6 * MS, "idle.exit", cpu=3, tgt=0),
         ],
         "unknown": handled(0, 3, 4 * MS),
     }[just]  # fmt: skip
@@ -200,7 +200,7 @@ def test_a_member_whose_channel_was_armed_too_late() -> None:
 
 def test_an_owner_that_stays_awake() -> None:
     events = [programmed(0, 0, 1, 1, 5 * MS), asleep(1, 10 * US, 5 * MS), e(MS, "idle.exit", cpu=1, tgt=0)]
-    assert found(replayed(events, "proposed"), "hpet-owner-not-idle") == [(MS + 20 * US, "warn", 1, 0, -(1 << 63))]
+    assert found(replayed(events, "proposed"), "hpet-owner-not-idle") == [(MS + 100 * US, "warn", 1, 0, -(1 << 63))]
     assert found(replayed(events, "proposed-keep"), "hpet-owner-not-idle") == []
     given_up = [*events, programmed(MS + 10 * US, 0, 1, -1, 0, 3)]
     given_up[-1]["tgt"] = 9

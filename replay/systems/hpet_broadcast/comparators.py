@@ -31,8 +31,8 @@ OWNER_CHECK: Final = 11
 
 #: A handler of the hypervisor's own that blocks for less than this is no finding (ns).
 SHORT_BLOCKER_NS: Final = 50_000
-#: Between the wake and the exit path an owner may be awake for this long (ns).
-EXIT_PATH_NS: Final = 20_000
+#: Within this a handler has run and everybody whom it woke has left idle (ns).
+HANDLING_NS: Final = 100_000
 
 
 class Sleeper(Protocol):
@@ -53,6 +53,7 @@ class ComparatorRules:
         self.agenda = agenda
         self.slop_ns = config.integer("slop_ns")
         self.settle_ns = 2 * config.integer("min_delta_ns")
+        self.exit_path_ns = config.integer("exit_path_ns")  # an interrupt may delay the exit path
         self.vector = config.integer(policy.vector_parameter)
         self.n_channels = config.integer("n_channels")
         self.armed: dict[int, int] = {}  # channel: armed for (ns), INF disarmed; absent: unknown
@@ -61,6 +62,7 @@ class ComparatorRules:
         self.choices: dict[int, tuple[int, dict[int, tuple[int, int]]]] = {}  # CPU: (channel, all channels before)
         self.in_service: dict[int, list[int]] = {}
         self.fired: dict[int, tuple[int, int, int, int]] = {}  # channel: (t, seq, cpu, blocker)
+        self.handled: dict[int, int] = {}  # channel: when its handler began (ns)
         self.reported: set[tuple[int, int]] = set()  # (CPU, generation) of orphans
 
     def forget(self) -> None:
@@ -115,7 +117,7 @@ class ComparatorRules:
         for channel, owner in self.owner.items():
             if owner == p.index:
                 if self.policy.owner_must_sleep:
-                    self.agenda.at(t + EXIT_PATH_NS, SOFTWARE, OWNER_CHECK, channel, p.index, p.generation)
+                    self.agenda.at(t + self.exit_path_ns, SOFTWARE, OWNER_CHECK, channel, p.index, p.generation)
                 else:
                     self.owner[channel] = NONE
                 self.agenda.at(t + self.settle_ns, SOFTWARE, ORPHAN_CHECK, channel)
@@ -133,6 +135,10 @@ class ComparatorRules:
         armed = self.armed.get(channel)
         owner = self.owner.get(channel)
         if armed is None or owner is None:
+            return
+        busy_until = self.handled.get(channel, -HANDLING_NS) + HANDLING_NS
+        if t < busy_until:  # those whom the handler wakes are on their way out
+            self.agenda.at(busy_until, SOFTWARE, ORPHAN_CHECK, channel)
             return
         for cpu, joined in self.joined.items():
             p = cpus.get(cpu)
@@ -167,6 +173,8 @@ class ComparatorRules:
     def began(self, t: int, channel: int, seq: int) -> None:
         """A6: its handler begins."""
         self.armed[channel] = INF
+        self.handled[channel] = t
+        self.agenda.at(t + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, channel)
         fired = self.fired.pop(channel, None)
         if fired is None:
             return

@@ -298,6 +298,7 @@ class RecordedBroadcast(Machine):
             expected=f"message to cpu {owner}", observed=f"still to cpu {dest}", evidence=self.target_story(ch),
         )  # fmt: skip
         ch.owner = owner
+        self.comparators.owner[ch.index] = owner
 
     def retarget(self, ch: _Channel, target: int, by: int, seq: int) -> None:
         """A5: the channel's interrupt is pointed at a CPU, its owner from now on."""
