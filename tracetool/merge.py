@@ -289,6 +289,8 @@ def _input(source: Source, reference: Source, options: IngestOptions, hz: float)
     if on_tsc(source) and on_tsc(reference):
         # Ticks that the reference's TSC is ahead of this one.
         ticks = round(apart * hz / 1e9) + reference.reader.clock.tsc0 - clock.tsc0
+        stated = next((o.amount for o in options.offsets if o.label == source.label and o.ticks), ticks)
+        ticks = 0 if source.kind in ("same-tsc", "reference") else stated  # ns are coarser than ticks
     entry = dict(ingest.describe_input(source.reader, source.opened, options)["inputs"][0])
     entry.update(
         source=source.label,
