@@ -110,8 +110,8 @@ def tables_page() -> str:
         rows = [(f"`{t.name}`", t.doc, _columns(t.columns)) for t in tables]
         text += f"## {origin}\n\n" + _table(("table", "meaning", "columns"), rows)
     text += (
-        "## Linux\n\ntrace.dat brings its own event formats, which become tables with the kernel's field names. In text "
-        "recordings these payloads are decoded; all others are kept as text in `ftrace_text`.\n\n"
+        "## Linux\n\ntrace.dat brings its own event formats, which become tables with the kernel's field names. In "
+        "text recordings these payloads are decoded; all others are kept as text in `ftrace_text`.\n\n"
     )
     return text + _table(("event", "system", "fields"), _ftrace_rows())
 

@@ -74,7 +74,8 @@ def test_dataset_layout(dataset: Path) -> None:
 
 def test_info_answers_what_a_person_asks_first(dataset: Path, tmp_path: Path) -> None:
     text = tracetool("info", dataset, cwd=tmp_path).stdout
-    for wanted in ("span", "CPUs      0, 1, 2, 3", "d0 (4 vCPUs)", "2596.155 MHz", "gaps      none", "inferred", "blind"):
+    wishes = ("span", "CPUs      0, 1, 2, 3", "d0 (4 vCPUs)", "2596.155 MHz", "gaps      none", "inferred", "blind")
+    for wanted in wishes:
         assert wanted in text
     document = json.loads(tracetool("info", dataset, "--json", cwd=tmp_path).stdout)
     states = {r["rule"]: r["state"] for r in document["systems"]["hpet"]}

@@ -41,7 +41,7 @@ def test_the_page_runs(command: str, tmp_path: Path) -> None:
 
 def test_a_broken_policy_is_the_users_error(tmp_path: Path) -> None:
     scenario = ROOT / "samples" / "scenarios" / "s1-shorten.json"
-    (tmp_path / "bad.py").write_text("class P:\n    system = 'hpet'\n    def __init__(self): raise ValueError('oops')\n")
+    (tmp_path / "bad.py").write_text("class P:\n    system = 'hpet'\n    def __init__(self): raise OSError('oops')\n")
     for policy in ("./bad.py:P", "./bad.py:Q", "./nowhere.py:P"):
         done = subprocess.run(
             [sys.executable, "-m", "tracetool", "replay", str(scenario), "--policy", policy],
