@@ -186,7 +186,8 @@ def _runs(request: Request) -> tuple[Dataset, list[dict[str, Any]]]:
         values=load_values(request.sets, request.config),
     )
     dataset = _dataset(request.target, request.options)
-    return dataset, replay_dataset(dataset, settings)
+    with terminal.progress_bar() as bar:
+        return dataset, replay_dataset(dataset, settings, bar)
 
 
 def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:

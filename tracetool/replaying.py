@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import polars as pl
+import pyarrow as pa
 
 from replay.coverage import Coverage, Observation, coverage
 from replay.declare import Config, System, UsageError
@@ -130,12 +131,13 @@ def blind_share(dataset: Dataset) -> float:
 
 
 def replay_dataset(
-    dataset: Dataset, settings: Settings, progress: Callable[[str], None] | None = None
+    dataset: Dataset, settings: Settings, progress: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """Run every system under every policy asked for; returns run records (see `results.run_record`).
 
     Without `settings.systems` all that can be checked are run. The recorded policy is verified against the recording;
-    another policy is a what-if on the recorded stimuli, with calibration and horizon.
+    another policy is a what-if on the recorded stimuli, with calibration and horizon. `progress` is called with what is
+    done, and how many of how many events.
     """
     can = checkable(dataset)
     names = list(settings.systems) or list(can)
@@ -144,12 +146,10 @@ def replay_dataset(
             raise UsageError(f"no system {name!r}; there are {', '.join(SYSTEMS)}")
     records = []
     for name in names:
-        session = _Session(dataset, SYSTEMS[name], settings)
+        session = _Session(dataset, SYSTEMS[name], settings, progress)
         for choice in settings.policies:
             if choice.system not in (None, name):
                 continue
-            if progress:
-                progress(f"{name} under {choice.name}")
             record = session.run(choice)
             if record is not None:
                 records.append(record)
@@ -159,8 +159,15 @@ def replay_dataset(
 class _Session:
     """One system on one dataset; the verify and calibration runs are made once and shared."""
 
-    def __init__(self, dataset: Dataset, system: System, settings: Settings) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        system: System,
+        settings: Settings,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
         self.dataset = dataset
+        self.progress = progress
         self.system = system
         facts = dataset.manifest.get("facts", {})
         values = {**facts.get(f"{system.name}_config", {}), **settings.values.get(system.name, {})}
@@ -251,7 +258,7 @@ class _Session:
         return run_machine(
             self.system,
             name,
-            self.dataset.event_batches(list(kinds), columns),
+            self._batches(f"{self.system.name} {name}", list(kinds), columns),
             config=self.config,
             closed=closed,
             sub=str(self.dataset.manifest.get("facts", {}).get(f"{self.system.name}_sub", "")),
@@ -260,6 +267,13 @@ class _Session:
             from_boot=False,
             observed=frozenset(self.observed),
         )
+
+    def _batches(self, what: str, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        total = int(self.dataset.manifest.get("events") or 1)
+        for batch in self.dataset.event_batches(kinds, columns):
+            yield batch
+            if self.progress:
+                self.progress(what, int(batch["seq"][-1].as_py()), total)
 
     def locate(self, seqs: Iterable[int]) -> dict[int, tuple[str, int]]:
         """Source and offset of canonical events."""

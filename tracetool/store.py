@@ -36,6 +36,8 @@ FORMAT_VERSION: Final = 1
 
 #: Rows of one table that are collected before a row group is written.
 ROW_GROUP: Final = 512 << 10
+#: Canonical events that are handed to a machine at a time.
+BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
 PENDING_BYTES: Final = 48 << 20
 #: Columns that grow steadily: deltas compress them to almost nothing.
@@ -321,15 +323,15 @@ class Dataset:
         return pl.scan_parquet(self.path / "events.parquet", glob=False)
 
     def event_batches(self, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Canonical events of some kinds, a row group at a time, in order."""
+        """Canonical events of some kinds in order, at most BATCH_ROWS at a time."""
         file = pq.ParquetFile(self.path / "events.parquet")
         wanted = sorted({*columns, "kind", "t_ns"})
         for group in range(file.num_row_groups):
             frame = pl.from_arrow(file.read_row_group(group, columns=wanted))
             assert isinstance(frame, pl.DataFrame)
             chosen = frame.filter(pl.col("kind").cast(pl.String).is_in(kinds))
-            if chosen.height:
-                yield chosen.to_arrow()
+            for start in range(0, chosen.height, BATCH_ROWS):
+                yield chosen[start : start + BATCH_ROWS].to_arrow()
 
     def gaps(self) -> list[dict[str, Any]]:
         """The gaps, as dictionaries of `GAPS_SCHEMA`."""

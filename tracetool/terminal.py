@@ -36,14 +36,22 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Bytes a second while reading, records or events a second otherwise."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed or 0.0
+            return Text(f"{speed / 1e6:.1f} M{'B' if task.description == 'reading' else ''}/s")
 
     started = time.monotonic()
     bar = Progress(
-        TextColumn("{task.description:>8}"),
+        TextColumn("{task.description:>14}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
-        TransferSpeedColumn(),
+        Rate(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
