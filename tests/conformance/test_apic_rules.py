@@ -23,12 +23,15 @@ from replay.systems.apic.codes import CODES
 
 US = 1_000
 MS = 1_000_000
+S = 1_000_000_000
 Event = tuple[int, str, Mapping[str, int]]
 Who = Mapping[str, int]
 
 CPU: Who = {"cpu": 1}
 VCPU: Who = {"dom": 1, "vcpu": 0}
 ALL = frozenset(kind.name for kind in KINDS if kind.name != "ioapic.message")
+
+VECTOR_KINDS = ("lapic.accept", "lapic.deliver", "lapic.exit")
 
 UNMATCHED = "lapic-eoi-unmatched"
 WRONG_VECTOR = "lapic-eoi-wrong-vector"
@@ -79,8 +82,9 @@ def only(run: Run) -> Finding:
     return finding
 
 
-def accept(t: int, vector: int, who: Who = CPU, *, level: int = 0) -> Event:
-    return (t, "lapic.accept", {**who, "obj": vector, "flags": level})
+def accept(t: int, vector: int, who: Who = CPU, *, flags: int = 0) -> Event:
+    """`flags`: 1 level, 2 IRR had it already, 4 it had not."""
+    return (t, "lapic.accept", {**who, "obj": vector, "flags": flags})
 
 
 def deliver(t: int, vector: int, who: Who = CPU) -> Event:
@@ -363,7 +367,7 @@ def test_illegal_vector() -> None:
 
 
 def test_requests_that_collapse_are_counted() -> None:
-    run = replay([accept(0, 0x31), accept(10, 0x31), accept(20, 0x31, level=1), deliver(30, 0x31), eoi(40)], end=50)
+    run = replay([accept(0, 0x31), accept(10, 0x31), accept(20, 0x31, flags=1), deliver(30, 0x31), eoi(40)], end=50)
     assert (codes(run), run.metrics["irr_coalesced"], run.metrics["deliveries"]) == ([], 2, 1)
     again = replay([*take(0, 0x31), accept(10, 0x31), eoi(20), exits(30, 0x31), deliver(40, 0x31)], end=50)
     assert (codes(again), again.metrics["irr_coalesced"]) == ([], 0)  # asked again while in service
@@ -614,7 +618,7 @@ def random_events(seed: int, count: int) -> list[Event]:
         out += draw.choice(
             (
                 serve(t, vector, who), serve(t, vector, who), take(t, vector, who), [accept(t, vector, who)],
-                [accept(t, vector, who, level=1)], [deliver(t, vector, who)], [eoi(t, None, who)],
+                [accept(t, vector, who, flags=1)], [deliver(t, vector, who)], [eoi(t, None, who)],
                 [eoi(t, vector, who)], [exits(t, vector, who)], [tpr(t, vector & 0xF0, who)], [idle(t, who)],
                 [runs(t, who)] if "dom" in who else [], [stops(t, who)] if "dom" in who else [],
                 [reset(t, who)] if draw.random() < 0.2 else [], [lost(t, 2)] if draw.random() < 0.1 else [],
@@ -631,6 +635,153 @@ def test_the_short_cuts_change_nothing(seed: int, hidden: tuple[str, ...], known
     run = replay(random_events(seed, 300), hidden=hidden, known=known)
     assert len(run.findings) > 20
     assert run.metrics["deliveries"] > 50
+
+
+# -- in lockstep with an emulator's log: its LAPICs show requests, merges, EOIs and their broadcasts ---------------
+
+#: Pin 20: vector 0x71, level, fixed, physical, to core 1.
+LEVEL_RTE = 1 << 15 | 0x71 | 1 << 56
+RTE: Event = (0, "ioapic.rte", {"obj": 20, "val": 0x71, "val2": LEVEL_RTE})
+SEES = frozenset(kind.name for kind in KINDS)
+MISSING, EXTRA = "model-missing-outcome", "model-extra-outcome"
+
+
+def pin_line(t: int, level: int) -> Event:
+    return (t, "ioapic.line", {"obj": 20, "val": level})
+
+
+def remote_irr(t: int, value: int) -> Event:
+    return (t, "ioapic.remote_irr", {"obj": 20, "val": value})
+
+
+def message(t: int, vector: int = 0x71, dest: int = 1, mode: int = 1 << 15) -> Event:
+    return (t, "ioapic.message", {"obj": vector, "tgt": dest, "val": mode})
+
+
+def broadcast(t: int, vector: int = 0x71) -> Event:
+    return (t, "ioapic.eoi", {"obj": vector})
+
+
+def lockstep(events: Sequence[Event]) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    """Counts of the emulator's outcomes, without the zeros, and the mismatches."""
+    in_order = sorted(events, key=lambda event: event[0])
+    table = events_from_json([{"t": t, "kind": kind, **fields} for t, kind, fields in in_order])
+    run = run_machine(
+        SYSTEM, "any", [table], config=Config(SYSTEM.parameters, {}), closed=False, t_end=S, from_boot=False,
+        observed=SEES,
+    )  # fmt: skip
+    counts = {k.removeprefix("lockstep."): v for k, v in run.metrics.items() if k.startswith("lockstep.") and v}
+    return counts, [(f.code.name, f.t) for f in run.findings if f.code.name in (MISSING, EXTRA)]
+
+
+#: A whole life: line, message, request, EOI, broadcast, Remote IRR falls. Before the first, Remote IRR is not known.
+BOOT: list[Event] = [
+    RTE, reset(1), pin_line(2, 1), remote_irr(2, 1), message(2), accept(3, 0x71, flags=5),
+    pin_line(4, 0), eoi(5), broadcast(5), remote_irr(5, 0),
+]  # fmt: skip
+SENT: list[Event] = [pin_line(10, 1), remote_irr(11, 1), message(12), accept(13, 0x71, flags=5)]
+ENDED: list[Event] = [pin_line(20, 0), eoi(30), broadcast(31), remote_irr(32, 0)]
+
+
+def counted(counts: Mapping[str, int], name: str) -> tuple[int, ...]:
+    return tuple(counts.get(f"{name}.{what}", 0) for what in ("predicted", "observed", "mismatch", "open"))
+
+
+def test_lockstep_of_a_level_interrupt() -> None:
+    counts, wrong = lockstep([*BOOT, *SENT, *ENDED, pin_line(40, 1), remote_irr(41, 1), message(42)])
+    assert wrong == []
+    assert counted(counts, "ioapic_message") == (2, 3, 0, 1)
+    assert counted(counts, "ioapic_remote_irr_set") == (2, 3, 0, 1)
+    assert counted(counts, "ioapic_remote_irr_clear") == (2, 2, 0, 0)
+    assert counted(counts, "ioapic_eoi_broadcast") == (2, 2, 0, 0)
+    held = [*BOOT, *SENT, eoi(30), broadcast(31), remote_irr(32, 0), remote_irr(33, 1), message(34)]
+    assert lockstep(held)[1] == []  # the line is still up: sent again
+
+
+@pytest.mark.parametrize(
+    ("events", "wrong"),
+    [
+        ([pin_line(10, 1), remote_irr(11, 1), pin_line(20, 0)], [(MISSING, 20)]),
+        ([pin_line(10, 1), message(12), pin_line(20, 0)], [(MISSING, 20)]),
+        ([*SENT, message(15)], [(EXTRA, 15)]),
+        ([pin_line(10, 1), remote_irr(11, 1), message(12, vector=0x72)], [(EXTRA, 12)]),
+        ([pin_line(10, 1), remote_irr(11, 1), message(12, dest=2)], [(EXTRA, 12)]),
+        ([pin_line(10, 1), remote_irr(11, 1), message(12, mode=0)], [(EXTRA, 12)]),
+        ([*SENT, pin_line(20, 0), eoi(30), pin_line(40, 0)], [(MISSING, 40)]),
+        ([*SENT, pin_line(20, 0), eoi(30), broadcast(31), pin_line(40, 0)], [(MISSING, 40)]),
+        ([*SENT, pin_line(20, 0), eoi(30), broadcast(31, 0x72)], [(EXTRA, 31)]),
+        ([*SENT, broadcast(31)], [(EXTRA, 31)]),
+        ([accept(10, 0x51, flags=0), eoi(30), broadcast(31, 0x51)], [(EXTRA, 31)]),
+        ([pin_line(10, 0), remote_irr(11, 1)], [(EXTRA, 11)]),
+        ([remote_irr(11, 0)], [(EXTRA, 11)]),
+    ],
+)
+def test_lockstep_mismatches(events: list[Event], wrong: list[tuple[str, int]]) -> None:
+    assert lockstep([*BOOT, *events])[1] == wrong
+
+
+def test_lockstep_of_what_a_line_restates() -> None:
+    counts, wrong = lockstep([*BOOT, *SENT, pin_line(14, 0), pin_line(15, 1), remote_irr(16, 1)])
+    assert (wrong, counted(counts, "ioapic_message")) == ([], (1, 2, 0, 1))
+
+
+def test_lockstep_of_merged_requests() -> None:
+    """flags 2: IRR had it already, 4: it had not."""
+    counts, wrong = lockstep([*BOOT, accept(10, 0x51, flags=4), accept(11, 0x51, flags=2)])
+    assert (wrong, counted(counts, "lapic_irr_merged")) == ([], (1, 1, 0, 0))
+    counts, wrong = lockstep([*BOOT, accept(11, 0x51, flags=2)])
+    assert (wrong, counted(counts, "lapic_irr_merged")) == ([(EXTRA, 11)], (1, 1, 1, 0))
+    assert lockstep([RTE, accept(11, 0x51, flags=2)])[1] == []  # not known what IRR had
+
+
+def test_lockstep_of_an_eoi_that_can_be_of_several() -> None:
+    both = [*BOOT, *SENT, accept(14, 0x51, flags=4), pin_line(20, 0)]
+    for tail in ([eoi(30), pin_line(31, 0)], [eoi(30), broadcast(31), remote_irr(32, 0), pin_line(33, 0)]):
+        assert lockstep([*both, *tail])[1] == []
+    twice = [eoi(30), broadcast(31), remote_irr(32, 0), eoi(40), broadcast(41)]
+    assert lockstep([*both, *twice])[1] == [(EXTRA, 41)]
+    edge_first = [eoi(30), pin_line(31, 0), eoi(40), pin_line(50, 0)]
+    assert lockstep([*both, *edge_first])[1] == [(MISSING, 50)]
+    again = [*BOOT, accept(10, 0x51, flags=4), accept(12, 0x51, flags=4), eoi(20), eoi(30)]
+    later = [pin_line(40, 1), remote_irr(41, 1), message(42), accept(43, 0x71, flags=5), pin_line(44, 0), eoi(50)]
+    assert lockstep([*again, *later, pin_line(60, 0)])[1] == [(MISSING, 60)]
+    assert lockstep([*again[:-1], *later, pin_line(60, 0)])[1] == []  # one edge is still in service
+
+
+def test_lockstep_of_tmr() -> None:
+    read = [*BOOT, *SENT, snap(15, 2, 3, 1 << 17)]
+    counts, wrong = lockstep(read)
+    assert (wrong, counted(counts, "lapic_tmr")) == ([], (1, 1, 0, 0))
+    assert lockstep([*read, accept(16, 0x71), snap(17, 2, 3, 0)])[1] == []  # edge now
+    assert lockstep([*BOOT, *SENT, snap(15, 2, 3, 0), snap(16, 2, 3, 0)])[1] == [(EXTRA, 15)]  # learnt once
+    assert lockstep([*BOOT, *SENT, snap(15, 2, 2, 0), snap(16, 2, 2, 1)])[1] == [(EXTRA, 16)]
+    assert lockstep([RTE, accept(10, 0x71, flags=1), snap(15, 2, 3, 1 << 17 | 1)])[1] == []  # vector 0x60: not seen
+    assert lockstep([RTE, accept(10, 0x71, flags=1), snap(15, 2, 3, 1)])[1] == [(EXTRA, 15)]
+
+
+def test_lockstep_after_a_gap_and_of_entries_never_seen() -> None:
+    gap: Event = (15, "trace.lost", {"val": 14})
+    assert lockstep([*BOOT, *SENT, gap, *ENDED])[1] == []
+    assert lockstep([pin_line(5, 0), pin_line(10, 1), remote_irr(11, 1), message(12), pin_line(20, 0)])[1] == []
+    half: Event = (0, "ioapic.rte", {"obj": 20, "val": 0x71, "val2": LEVEL_RTE, "flags": 1})
+    unseen = [half, reset(1), pin_line(2, 0), pin_line(10, 1), remote_irr(11, 1)]
+    assert lockstep([*unseen, message(12, dest=7)])[1] == []
+    assert lockstep([*unseen, message(12, vector=0x72)])[1] == [(EXTRA, 12)]
+
+
+def test_lockstep_leaves_a_guests_own_apic_alone() -> None:
+    guest: list[Event] = [(10, "ioapic.line", {"dom": 1, "obj": 20, "val": 1}), pin_line(20, 0)]
+    assert lockstep([*BOOT, *guest]) == lockstep(BOOT)
+
+
+def test_what_is_no_vector_is_no_request() -> None:
+    """Damaged recordings."""
+    times = ((100, 256), (200, (1 << 32) - 1))
+    odd: list[Event] = [(t, kind, {**CPU, "obj": vector}) for t, vector in times for kind in VECTOR_KINDS]
+    none: list[Event] = [(300, kind, CPU) for kind in VECTOR_KINDS]
+    words = [snap(400, 0, 4, 1), snap(401, 0, -1, 1), snap(402, 1, 1 << 20, 1)]
+    run = replay([*serve(0, 0x31), *odd, *none, *words, *serve(500, 0x31)])
+    assert (codes(run), run.metrics["deliveries"], run.metrics["in_service_at_end"]) == ([], 2, 0)
 
 
 def test_every_code_is_named_in_a_test() -> None:

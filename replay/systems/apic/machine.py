@@ -166,6 +166,8 @@ class ApicMachine(Machine):
         if kind == LOST:  # of all CPUs at once it belongs to no processor
             self.taint(cpu, val, self.now)
             return
+        if kind in (ACCEPT, DELIVER, EXIT) and not 0 <= obj < VECTORS:
+            return  # a damaged record names no vector
         p = self.processors.get(key)
         if p is None:
             p = self.discover(key, cpu, dom, vcpu)
@@ -242,7 +244,7 @@ class ApicMachine(Machine):
         p.requested_at.pop(vector, 0)
         p.frames.append((vector, t))
         p.recent.append((t, seq, vector))
-        p.deliveries[vector if 0 <= vector < VECTORS else UNSEEN] += 1
+        p.deliveries[vector] += 1
         self.monitor.entered(p, vector, t, seq)
         if p.dom in self.ioapics:
             self.ioapics[p.dom].delivered(vector)
@@ -301,6 +303,8 @@ class ApicMachine(Machine):
     def snapshot(self, p: Processor, register: int, word: int, bits: int) -> None:
         """Register words from a dump: 64 vectors each, register 0 IRR, 1 ISR."""
         value = bits & (1 << 64) - 1
+        if not 0 <= word < VECTORS // 64:
+            return
         if register == 0:
             p.lapic.irr = p.lapic.irr & ~(((1 << 64) - 1) << 64 * word) | value << 64 * word
             p.lapic.irr_known |= ((1 << 64) - 1) << 64 * word
