@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from replay.declare import Config
+from replay.declare import Config, System
 from replay.driver import Run, run_machine
 from replay.events import events_from_json
 from replay.hardware.evtchn_fifo import BUSY, LINKED, MASKED, PENDING
@@ -22,11 +24,27 @@ from replay.hardware.evtchn_two_level import (
 )
 from replay.systems import SYSTEMS
 from replay.systems.event_channel.codes import CODES
+from replay.systems.event_channel.machine import TwoLevelMachine
 
 SYSTEM = SYSTEMS["evtchn"]
 US = 1_000
 MS = 1_000_000
 Event = tuple[int, str, Mapping[str, int]]
+
+
+class Plain(TwoLevelMachine):
+    """The machine without the short cuts of its loop."""
+
+    def feed(self, rows: Iterable[tuple[int, ...]]) -> None:
+        for kind, t, d, v, p, tgt, val, flags, seq in rows:
+            self.advance(t)
+            dom = self.dom if d == self.dom.id else self.switch(d)
+            self.now = t
+            self.seq = seq
+            self.event(dom, kind, v, p, tgt, val, flags)
+
+
+PLAIN = replace(SYSTEM, make=lambda policy, config, sink, sub: Plain(policy, config, sink))
 
 
 def replay(
@@ -42,10 +60,19 @@ def replay(
 ) -> Run:
     in_order = sorted(events, key=lambda event: event[0])
     table = events_from_json([{"t": t, "kind": kind, **fields} for t, kind, fields in in_order])
-    return run_machine(
-        SYSTEM, policy, [table], config=Config(SYSTEM.parameters, config), closed=closed, sub=sub, init=init, t_end=end,
-        from_boot=known,
-    )  # fmt: skip
+
+    def run(system: System) -> Run:
+        return run_machine(
+            system, policy, [table], config=Config(SYSTEM.parameters, config), closed=closed, sub=sub, init=init,
+            t_end=end, from_boot=known,
+        )  # fmt: skip
+
+    done = run(SYSTEM)
+    if not sub:  # the short cuts of the loop must not show
+        plain = run(PLAIN)
+        assert done.findings == plain.findings
+        assert done.metrics == plain.metrics
+    return done
 
 
 def codes(run: Run) -> list[str]:
@@ -355,6 +382,85 @@ def test_conservative_bind_sets_the_port_pending() -> None:
     assert run.metrics["handled"] == 1
 
 
+def random_events(seed: int, count: int, orderly: float) -> list[Event]:
+    """Ports 5, 9 (word 0) and 65, 70 (word 1) on two vCPUs; `orderly`: how much of it is whole deliveries."""
+    draw = random.Random(seed)
+    out: list[Event] = [bind(port, port % 2) for port in (5, 9, 65, 70)]
+    out += [event for v in (0, 1) for event in ((0, "sched.run", {"vcpu": v, "cpu": v}), *scan(0, v))]
+    t = 2_000
+    while len(out) < count:
+        t += draw.choice((0, 100, 3_000, 200 * US))
+        port, vcpu = draw.choice((5, 9, 65, 70)), draw.randrange(2)
+        if draw.random() < orderly:
+            out += [send(t, port), *scan(t + 100, port % 2, port)]
+            t += 1_200
+            continue
+        out += draw.choice(
+            (
+                [send(t, port)], scan(t, vcpu, port), scan(t, vcpu), [mask(t, vcpu, port)], [unmask(t, vcpu, port)],
+                [(t, "evtchn.clear", {"vcpu": vcpu, "obj": port})],
+                [(t, "evtchn.handled", {"vcpu": vcpu, "obj": port})],
+                [(t, "evtchn.unmask_hypercall", {"vcpu": vcpu, "obj": port})],
+                [(t, "sched.stop", {"vcpu": vcpu, "val": draw.choice((1, 2))}), (t + 50, "sched.run", {"vcpu": vcpu})],
+                [snap(t, SNAP_SEL, 0, vcpu=vcpu)] if draw.random() < 0.1 else [],
+                [(t, "evtchn.rebind", {"obj": port, "tgt": vcpu})] if draw.random() < 0.2 else [],
+                [(t, "trace.lost", {"val": t - 10})] if draw.random() < 0.05 else [],
+            )
+        )  # fmt: skip
+    return sorted(out, key=lambda event: event[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("orderly", [0.2, 0.8, 0.97])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_short_cuts_change_nothing(seed: int, orderly: float, known: bool) -> None:
+    """`replay` compares; there must be something to compare."""
+    run = replay(random_events(seed, 600, orderly), known=known, end=200 * MS)
+    assert run.metrics["handled"] > 50
+
+
+def test_numbers_of_a_recording() -> None:
+    base = [bind(9), bind(65), send(1_000, 9), send(1_500, 9), *scan(2_000, 0, 9), send(5_000, 65), *scan(9_000, 0, 65)]
+    calm = [*base, send(20_000, 9), *scan(20_100, 0, 9), send(30_000, 65), send(40_000, 9), mask(41_000, 0, 9)]
+    m = replay(calm, end=42_000).metrics
+    assert {name: m[name] for name in (
+        "sends", "coalesced", "handled", "pending", "upcalls", "spurious_upcalls", "max_delivery_ns",
+        "max_delivery_word0_ns", "sum_delivery_ns", "unmask_hypercalls", "stranded", "stranded_ns",
+    )} == {
+        "sends": 6, "coalesced": 1, "handled": 3, "pending": 2, "upcalls": 3, "spurious_upcalls": 0,
+        "max_delivery_ns": 4_100, "max_delivery_word0_ns": 1_100, "sum_delivery_ns": 5_400, "unmask_hypercalls": 0,
+        "stranded": 0, "stranded_ns": 0,
+    }  # fmt: skip
+
+
+def test_stranded_time_ends_with_the_delivery() -> None:
+    run = replay([*SEED, *scan(50_000, 0, 65)], policy="current")
+    assert (run.metrics["stranded"], run.metrics["stranded_ns"]) == (1, 49_100)
+
+
+def test_delivery_delay_looks_at_every_port_in_its_turn() -> None:
+    running: Event = (0, "sched.run", {"vcpu": 0, "cpu": 0})
+    base = [running, bind(9), bind(70), send(100, 9), *scan(200, 0, 9), send(2_000, 9), send(5 * MS, 70)]
+    found = [(f.t, f.obj, f.val) for f in replay(base, end=40 * MS).findings if f.code.name == DELAY]
+    assert found == [(2_000 + 10 * MS, 9, 10 * MS), (15 * MS, 70, 10 * MS)]
+
+
+def test_recorded_hypercall_does_what_the_hypervisor_does() -> None:
+    """E4: unmask, then select the bound vCPU if the port was pending."""
+    start = [bind(65, 1), *scan(0, 1), mask(10, 0, 65), send(100, 65)]
+    call: Event = (5_000, "evtchn.unmask_hypercall", {"vcpu": 0, "obj": 65})
+    run = replay([*start, call, *scan(6_000, 1, 65), *scan(9_000, 1)])
+    assert [(f.code.name, f.t) for f in run.findings] == [(NO_WORK, 10_000)]
+    early = [bind(65, 1), bind(9, 1), mask(10, 0, 65), send(900, 9), *scan(1_000, 1, 9), call, *scan(9_000, 1)]
+    assert codes(replay(early)) == [NO_WORK]  # nothing was pending, so nothing was selected
+
+
+def test_a_snapshot_that_agrees_is_counted() -> None:
+    m = replay([bind(9), *scan(0, 0), snap(5_000, SNAP_SEL, 0), send(6_000, 9), snap(7_000, SNAP_SEL, 0)]).metrics
+    assert (m["samples_agree.selector"], m["samples_disagree.selector"]) == (1, 1)
+    assert replay([snap(5_000, SNAP_SEL, 0)], known=False).metrics["samples_agree"] == 0
+
+
 # -- FIFO ---------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +567,32 @@ def test_fifo_delivers_by_priority() -> None:
     events = [off, send(10, 5), send(20, 6), send(30, 7), (100, "evtchn.upcall_unmask", {"vcpu": 0})]
     run = fifo(events, init=init, closed=True)
     assert (run.metrics["handled"], run.metrics["upcalls"], codes(run)) == (3, 1, [])
+
+
+def test_fifo_numbers_of_a_recording() -> None:
+    run = fifo([send(1_000, 5), *scan(2_000, 0, 5), *scan(4_000, 0), send(6_000, 6), *scan(9_000, 0, 6)])
+    m = run.metrics
+    assert (m["sends"], m["handled"], m["upcalls"], m["max_delivery_ns"]) == (2, 2, 3, 3_100)
+
+
+def test_fifo_after_a_gap_nothing_is_known() -> None:
+    gap: Event = (20, "trace.lost", {"val": 15})
+    chain = [word(0, 5, PENDING | LINKED | 6), word(0, 6, PENDING | LINKED), head(0, 7, 5), ready(0, 1 << 7)]
+    lone = word(0, 8, PENDING | LINKED)
+    late: Event = (30, "fifo.check", {})
+    assert "fifo-linked-unreachable" in codes(fifo([*chain, lone, late]))
+    assert codes(fifo([*chain, lone, gap, late])) == []
+    assert codes(fifo([gap, *((25, kind, fields) for _, kind, fields in [*chain, lone]), late])) == []
+    told = fifo([word(0, 5, PENDING), (30_000, "trace.lost", {"val": 5_000})])
+    (f,) = told.findings
+    assert (f.code.name, f.severity, f.tags) == ("fifo-pending-unlinked", "info", ("tainted",))
+
+
+def test_fifo_port_range_is_said_once() -> None:
+    run = fifo([send(0, 1 << 17), send(10, 1 << 17), send(20, (1 << 17) + 1), send(30, (1 << 17) - 1)], end=5_000)
+    assert [(f.code.name, f.obj, f.val) for f in run.findings] == [
+        ("evtchn-port-range", 1 << 17, 1 << 17), ("evtchn-port-range", (1 << 17) + 1, 1 << 17),
+    ]  # fmt: skip
 
 
 def test_fifo_unmask_links() -> None:
