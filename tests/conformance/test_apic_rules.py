@@ -310,6 +310,10 @@ def test_snapshot_of_irr() -> None:
     assert codes(replay([accept(0, 0x51), snap(5, 0, 0, 0), deliver(10, 0x51)], end=20)) == []
     assert codes(replay([snap(5, 0, 1, 0), deliver(10, 0x51)], known=False, end=20)) == [WITHOUT_IRR]
     assert codes(replay([snap(5, 0, 0, 0), deliver(10, 0x51)], known=False, end=20)) == []
+    assert codes(replay([snap(5, 0, 1, 0), deliver(10, 0x7F)], known=False, end=20)) == [WITHOUT_IRR]
+    assert codes(replay([snap(5, 0, 1, 0), deliver(10, 0x80)], known=False, end=20)) == []
+    assert codes(replay([snap(5, 0, 1, -1), deliver(10, 0x7F), eoi(15)], end=20)) == []
+    assert codes(replay([accept(0, 0x80), snap(5, 0, 1, 0), deliver(10, 0x80)], end=20)) == []
     assert codes(replay([snap(5, 2, 1, 0), deliver(10, 0x51)], known=False, end=20)) == []  # TMR
 
 

@@ -455,6 +455,27 @@ def test_recorded_hypercall_does_what_the_hypervisor_does() -> None:
     assert codes(replay(early)) == [NO_WORK]  # nothing was pending, so nothing was selected
 
 
+def test_the_predicted_hypercall_is_the_first_one_recorded() -> None:
+    start = [bind(65, 1), *scan(0, 1), mask(10, 0, 65), send(100, 65), unmask(4_000, 0, 65)]
+    calls: list[Event] = [(t, "evtchn.unmask_hypercall", {"vcpu": 0, "obj": 65}) for t in (5_000, 5_100, 5_200)]
+    assert [replay([*start, *calls[:n]], end=5_500).metrics["unmask_hypercalls"] for n in range(4)] == [1, 1, 2, 3]
+
+
+def test_handled_without_a_recorded_clear_ends_the_pending_life() -> None:
+    loop: list[Event] = [(2_000, "evtchn.upcall", {"vcpu": 0}), (2_100, "evtchn.handled", {"vcpu": 0, "obj": 9}),
+                         (2_200, "evtchn.upcall_end", {"vcpu": 0})]  # fmt: skip
+    assert replay([bind(9), *scan(0, 0), send(1_500, 9), *loop], end=3_000).metrics["pending"] == 0
+    seen = [bind(9), send(0, 9), *scan(10, 0, 9), send(1_500, 9), *loop]  # here the clear would be recorded
+    assert replay(seen, end=3_000).metrics["pending"] == 1
+
+
+def test_after_a_gap_the_mask_is_unknown() -> None:
+    start: list[Event] = [bind(65), (50, "trace.lost", {"val": 40}), (60, "guest.bind_cpu", {"obj": 65, "tgt": 0})]
+    events = [*start, *scan(100, 0), snap(5_000, SNAP_PENDING, 2, index=1)]
+    assert STRANDED not in codes(replay(events))
+    assert STRANDED in codes(replay([*events, snap(5_000, SNAP_MASK, 0, index=1)]))
+
+
 def test_a_snapshot_that_agrees_is_counted() -> None:
     m = replay([bind(9), *scan(0, 0), snap(5_000, SNAP_SEL, 0), send(6_000, 9), snap(7_000, SNAP_SEL, 0)]).metrics
     assert (m["samples_agree.selector"], m["samples_disagree.selector"]) == (1, 1)
@@ -567,6 +588,7 @@ def test_fifo_delivers_by_priority() -> None:
     events = [off, send(10, 5), send(20, 6), send(30, 7), (100, "evtchn.upcall_unmask", {"vcpu": 0})]
     run = fifo(events, init=init, closed=True)
     assert (run.metrics["handled"], run.metrics["upcalls"], codes(run)) == (3, 1, [])
+    assert run.metrics["spurious_upcalls"] == 0
 
 
 def test_fifo_numbers_of_a_recording() -> None:
@@ -583,6 +605,8 @@ def test_fifo_after_a_gap_nothing_is_known() -> None:
     assert "fifo-linked-unreachable" in codes(fifo([*chain, lone, late]))
     assert codes(fifo([*chain, lone, gap, late])) == []
     assert codes(fifo([gap, *((25, kind, fields) for _, kind, fields in [*chain, lone]), late])) == []
+    other = [(25, kind, {**fields, "dom": 1}) for _, kind, fields in [*chain, lone]]
+    assert codes(fifo([gap, *other, (30, "fifo.check", {"dom": 1})])) == []
     told = fifo([word(0, 5, PENDING), (30_000, "trace.lost", {"val": 5_000})])
     (f,) = told.findings
     assert (f.code.name, f.severity, f.tags) == ("fifo-pending-unlinked", "info", ("tainted",))

@@ -512,6 +512,18 @@ def test_enable_and_priority_mask(ctlr: int, pmr: int, signalled: int) -> None:
     assert (c.signalled(), c.acknowledge()) == (signalled, signalled if signalled >= 0 else 1023)
 
 
+def test_the_mask_is_closed_at_reset_and_interrupt_0_is_one() -> None:
+    d = GicDistributor(64, 2)
+    d.write(0, 4, 1, 0)
+    d.send_sgi(0, 0, 1)
+    c = GicCpuInterface(d, 0)
+    assert c.signalled() == -1
+    c.write(0, 1)
+    assert c.signalled() == -1  # priority 0 is not above PMR 0
+    c.write(4, 1)
+    assert (c.signalled(), c.acknowledge(), c.running_priority()) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("bpr", "inner", "preempts"),
     [(0, 0x9E, True), (0, 0xA0, False), (0, 0xA1, False), (4, 0x9E, True), (5, 0x9E, False), (5, 0x7E, True),
@@ -690,6 +702,26 @@ def test_lockstep_that_begins_late_is_open_until_registers_were_seen() -> None:
     assert (counts["ack"][3], wrong) == (2, [])
     counts, wrong = lockstep([best(10, 1023, 0x100, 0x60), ack(20, 1023), eoi(30, 40), best(40, 1023, 0x100, 0x100)])
     assert (counts["running_priority"], wrong) == ((1, 2, 0, 1), [])
+
+
+def test_lockstep_takes_in_the_model_what_was_taken() -> None:
+    """One cause, one mismatch."""
+    assert len(lockstep([*RESET, ack(30, 40), best(40, 1023, 0x100, 0xA0), eoi(50, 40)])[1]) == 1
+    first = [dist(6, 0x800 + 32, 1, 1), cpu_if(7, 0, 1, cpu=1), cpu_if(8, 4, 0xFF, cpu=1), ack(30, 32, cpu=1)]
+    spi = [*first, eoi(31, 32, cpu=1), line(40, 32, 1), ack(41, 32)]
+    assert [t for t, _, _ in lockstep([*RESET, *spi])[1]] == [30]
+    two = [*GUEST, cpu_if(17, 0x104, lr_word(60, PENDING, 0x80), flags=2), ack(20, 50, virtual=1)]
+    counts, wrong = lockstep([*RESET, *two, hyp_read(21, 0x100, lr_with_state(LR, ACTIVE))])
+    assert (counts["gich_read"], [t for t, _, _ in wrong]) == ((1, 1, 0, 0), [20])
+
+
+def test_lockstep_that_begins_late_learns() -> None:
+    for private in (27, 3):
+        counts, wrong = lockstep([best(10, private, 0x40, 0x100), ack(20, private)])
+        assert (counts["ack"], wrong) == ((1, 1, 0, 0), [])
+    again = [ack(20, 40), eoi(30, 40), ack(40, 40), eoi(50, 40)]  # taken again without DIR: EOImode was 0
+    m = replay(again, end=S, observed=ALL).metrics
+    assert (m["lockstep.gic_priority_drops"], m["lockstep.gic_deactivations"]) == (2, 1)
 
 
 def test_lockstep_needs_all_stimuli() -> None:
