@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -46,6 +47,11 @@ BINDINGS: Final[Mapping[str, str]] = {
     "systrace": "replay.binding.linux",
     "qemu": "replay.binding.qemu",
 }
+
+#: Bytes around a damaged stretch whose records say when it was.
+NEAR_BYTES: Final = 16 << 10
+#: Damaged stretches beyond these keep no time (each costs a scan of all offsets).
+PLACED_GAPS: Final = 64
 
 #: Called with (what, bytes done, bytes in all).
 Progress = Callable[[str, int, int], None]
@@ -160,6 +166,8 @@ def _ingest(
         if opened.truncated:
             compressed_end(writer, opened, label)
             dataset = writer.close_records()
+        if place_gaps(dataset, writer.gaps):
+            dataset = writer.close_records()
         bound = bind(reader, dataset, label, options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
@@ -168,6 +176,33 @@ def _ingest(
         manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
         writer.finish(manifest)
         return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
+
+
+def place_gaps(dataset: Records, gaps: Sequence[dict[str, Any]]) -> bool:
+    """Give damaged stretches a time: from the earliest record shortly before them to the latest shortly after.
+
+    Damage says nothing of CPU or time, so whatever the windows around it span is unknown. Returns whether any changed.
+    """
+    lost = [g for g in gaps if g["reason"] == "damaged" and g["t0_ns"] is None and g["t1_ns"] is None][:PLACED_GAPS]
+    for gap in lost:
+        start, end = gap["offset"], gap["offset"] + gap["length"]
+        for name in dataset.tables():
+            near = pl.col("offset").is_between(start - NEAR_BYTES, end + NEAR_BYTES)
+            frame = (
+                dataset.scan(name)
+                .filter(near)
+                .select(
+                    before=pl.col("t_ns").filter(pl.col("offset") < start).min(),
+                    after=pl.col("t_ns").filter(pl.col("offset") >= end).max(),
+                )
+                .collect()
+            )
+            before, after = frame.row(0)
+            if before is not None:
+                gap["t0_ns"] = before if gap["t0_ns"] is None else min(gap["t0_ns"], before)
+            if after is not None:
+                gap["t1_ns"] = after if gap["t1_ns"] is None else max(gap["t1_ns"], after)
+    return bool(lost)
 
 
 def _frequency(reader: Reader, dataset: Records) -> float | None:

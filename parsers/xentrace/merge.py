@@ -98,6 +98,12 @@ def find_records(
     return np.flatnonzero(mark), landed
 
 
+#: No stamp, where the lowest of several is wanted.
+NO_STAMP = (1 << 64) - 1
+#: A stamp this far above a later one is damage and not skew (ticks; about 25 s).
+SPIKE_TICKS = np.uint64(1 << 36)
+
+
 @dataclass(slots=True)
 class _Stream:
     """One CPU's windows and how far they have been given out."""
@@ -128,15 +134,39 @@ class _Piece:
     place: int = 0  # first word in the buffer
 
 
+def spikes(stamps: NDArray[np.uint64], floor: int, following: int | None) -> NDArray[np.bool_]:
+    """Stamps (0: none) of one CPU that cannot be true: far above later ones which fit what came before.
+
+    `floor` is the last key before them, `following` the first stamp after them if known. A clock that was set back is
+    not a spike: what follows it lies below `floor`, and order of storage is kept. Without this rule one damaged stamp
+    would move all later records of its CPU to the end of time.
+    """
+    if not len(stamps):
+        return np.zeros(0, np.bool_)
+    ahead = np.where(stamps == 0, np.uint64(NO_STAMP), stamps)
+    if following is not None:
+        ahead = np.append(ahead, np.uint64(following))
+    lowest = np.minimum.accumulate(ahead[::-1])[::-1][: len(stamps)]
+    above = stamps > lowest
+    if not above.any():
+        return above
+    above[above] = stamps[above] - lowest[above] > SPIKE_TICKS
+    return above & (lowest >= np.uint64(floor))
+
+
 def _streams(windows: Windows) -> dict[int, _Stream]:
     streams: dict[int, _Stream] = {}
+    damaged: set[int] = set()
+    for cpu in np.unique(windows.cpu).tolist():
+        mine = np.flatnonzero(windows.cpu == cpu)
+        damaged.update(mine[spikes(windows.first[mine], windows.first_stamp.get(cpu, 0), None)].tolist())
     order = np.argsort(windows.cpu, kind="stable")
     for index in order.tolist():
         cpu = int(windows.cpu[index])
         stream = streams.get(cpu)
         if stream is None:
             stream = streams[cpu] = _Stream(cpu, [], [], [])
-        first = int(windows.first[index])
+        first = int(windows.first[index]) if index not in damaged else 0
         before = stream.floors[-1] if stream.floors else windows.first_stamp.get(cpu, 0)
         stream.windows.append(index)
         # A window that does not begin with a stamp may continue the one before.
@@ -145,7 +175,8 @@ def _streams(windows: Windows) -> dict[int, _Stream]:
         upcoming: int | None = None
         stream.next_stamp = [None] * (len(stream.windows) + 1)
         for slot in range(len(stream.windows) - 1, -1, -1):
-            first = int(windows.first[stream.windows[slot]])
+            window = stream.windows[slot]
+            first = int(windows.first[window]) if window not in damaged else 0
             upcoming = first or upcoming
             stream.next_stamp[slot] = upcoming
     return streams
@@ -254,6 +285,9 @@ def _cut(
             continue
         floor = stream.key if stream.key is not None else windows.first_stamp.get(stream.cpu, 0)
         part = tsc[r0:r1]
+        odd = spikes(part, floor, stream.next_stamp[pieces[b - 1].slot + 1])
+        if odd.any():
+            part = np.where(odd, np.uint64(0), part)
         np.maximum.accumulate(part, out=key[r0:r1])
         np.maximum(key[r0:r1], np.uint64(floor), out=key[r0:r1])
     lead = first[fresh]

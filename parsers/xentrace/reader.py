@@ -35,6 +35,7 @@ class XentraceReader:
         NoteCode("xentrace-truncated", "error", "the recording ends inside a window"),
         NoteCode("xentrace-overrun", "error", "a record reaches beyond the end of its window; the rest is skipped"),
         NoteCode("xentrace-lost", "warn", "the recorder's ring was full and it dropped records"),
+        NoteCode("xentrace-stamp", "warn", "stamps that cannot be true, far above later ones; t_ns is the one before"),
         NoteCode("xentrace-tsc-back", "warn", "stamps of a CPU step backward; storage order is kept, t_ns stands"),
         NoteCode("xentrace-unknown", "warn", "records whose id or length is not declared; kept in table `unknown`"),
         NoteCode("xentrace-version", "info", "the Xen version was assumed; it decides how some records are read"),
@@ -109,6 +110,7 @@ class XentraceReader:
         gaps, notes = self._damage()
         notes += self._clock_notes
         back: dict[int, tuple[int, int]] = {}
+        wild: dict[int, tuple[int, int]] = {}
         for batch in batches(self._source, self._windows, self._batch_words):
             tables = decoder.decode(batch) if len(batch.pos) else {}
             self.accounting.parsed += int(_lengths(batch).sum())
@@ -124,11 +126,13 @@ class XentraceReader:
                 t0 = self._last.get(overrun.cpu)
                 gaps.append(Gap("overrun", overrun.cpu, t0, None, overrun.offset, overrun.length, text=text))
                 notes.append(self._note("xentrace-overrun", text, overrun.offset, overrun.cpu))
-            _step_back(batch, back)
+            stamped = batch.head >= np.uint32(0x80000000)
+            _count(batch, (batch.tsc < batch.key) & stamped, back)
+            _count(batch, (batch.tsc > batch.key) & stamped, wild)
             position += batch.done
             yield Chunk(tables, gaps, notes, min(position, self.accounting.total))
             gaps, notes = [], []
-        yield Chunk({}, self._truncation(), self._summary(decoder, back), self.accounting.total)
+        yield Chunk({}, self._truncation(), self._summary(decoder, back, wild), self.accounting.total)
 
     def _damage(self) -> tuple[list[Gap], list[Note]]:
         gaps, notes = [], []
@@ -165,8 +169,14 @@ class XentraceReader:
             notes.append(self._note("xentrace-lost", text, offset, cpu, lost))
         return gaps
 
-    def _summary(self, decoder: Decoder, back: dict[int, tuple[int, int]]) -> list[Note]:
+    def _summary(
+        self, decoder: Decoder, back: dict[int, tuple[int, int]], wild: dict[int, tuple[int, int]]
+    ) -> list[Note]:
         notes = [
+            self._note("xentrace-stamp", f"CPU {cpu}: {count} stamps far above later ones", offset, cpu, count)
+            for cpu, (count, offset) in sorted(wild.items())
+        ]
+        notes += [
             self._note("xentrace-tsc-back", f"CPU {cpu}: {count} stamps lie below an earlier one", offset, cpu, count)
             for cpu, (count, offset) in sorted(back.items())
         ]
@@ -188,10 +198,10 @@ def _lengths(batch: Batch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return 4 * (1 + (top & 7) + 2 * (top >> 3))
 
 
-def _step_back(batch: Batch, back: dict[int, tuple[int, int]]) -> None:
-    """Adds to `back` for each CPU: number of stamps below the running maximum, offset of the first."""
-    below = np.flatnonzero((batch.tsc < batch.key) & (batch.head >= np.uint32(0x80000000)))
-    for cpu in np.unique(batch.cpu[below]).tolist():
-        mine = below[batch.cpu[below] == cpu]
-        count, offset = back.get(cpu, (0, int(batch.offset[mine[0]])))
-        back[cpu] = (count + len(mine), offset)
+def _count(batch: Batch, odd: np.ndarray[tuple[int], np.dtype[np.bool_]], found: dict[int, tuple[int, int]]) -> None:
+    """Adds to `found` for each CPU: number of odd records, offset of the first."""
+    places = np.flatnonzero(odd)
+    for cpu in np.unique(batch.cpu[places]).tolist():
+        mine = places[batch.cpu[places] == cpu]
+        count, offset = found.get(cpu, (0, int(batch.offset[mine[0]])))
+        found[cpu] = (count + len(mine), offset)

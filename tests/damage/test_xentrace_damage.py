@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import random
+import struct
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parsers.recording import RecordingError
+from parsers.recording import ReadOptions, RecordingError
+from parsers.xentrace.reader import XentraceReader
 from tests.recordings.xentrace_tools import hop_file, read, record, window
 from tests.shared import SAMPLES
 
@@ -144,3 +147,18 @@ def test_changed_bytes(changes: list[tuple[int, int]]) -> None:
         read(bytes(data))
     except RecordingError as error:
         assert "\n" not in str(error)
+
+
+def test_a_stamp_that_cannot_be_true_moves_nothing_else() -> None:
+    """One stamp gets its high word set: only that record's t_ns is affected, the next ones keep their times."""
+    data = bytearray(RAW)
+    words = struct.unpack(f"<{len(data) // 4}I", data)
+    at = next(i for i in range(30_000, len(words)) if words[i] & 0x8FFFFFFF == 0x80802008)
+    struct.pack_into("<I", data, 4 * (at + 2), 0x70000000)
+    reader = XentraceReader(io.BytesIO(bytes(data)), ReadOptions())
+    latest, odd = 0, []
+    for chunk in reader.chunks():
+        latest = max([latest, *(t["t_ns"][-1].as_py() or 0 for t in chunk.tables.values() if t.num_rows)])
+        odd += [note for note in chunk.notes if note.code == "xentrace-stamp"]
+    assert latest < 6_000_000_000
+    assert [note.count for note in odd] == [1]
