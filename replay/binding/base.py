@@ -13,7 +13,7 @@ import pyarrow as pa
 from replay.coverage import Observation
 from replay.events import KINDS, ROLES, SCHEMA
 
-__all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Records", "event", "slices"]
+__all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Records", "event", "lost_events", "slices"]
 
 #: The vocabulary as a polars type: cheap to carry, exact to spell.
 KIND: Final = pl.Enum([kind.name for kind in KINDS])
@@ -108,6 +108,29 @@ def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.D
         expr = value if isinstance(value, pl.Expr) else pl.lit(value)
         exprs.append(expr.cast(dtype).alias(name))
     return frame.select(exprs)
+
+
+def lost_events(context: Context) -> pl.DataFrame:
+    """Gaps as markers at their begin and end; one without an end lasts to the end of the recording."""
+    rows = [g for g in context.gaps if g["t1_ns"] is not None]  # an open one comes after the last record
+    frame = pl.DataFrame(
+        {
+            "seq": [0] * len(rows),
+            "t_ns": [g["t1_ns"] for g in rows],
+            "t_err_ns": [0] * len(rows),
+            "cpu": [g["cpu"] for g in rows],
+            "offset": [g["offset"] for g in rows],
+            "start": [g["t0_ns"] if g["t0_ns"] is not None else g["t1_ns"] for g in rows],
+            "lost": [g["lost"] for g in rows],
+        },
+        schema={
+            "seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int32, "offset": pl.UInt64,
+            "start": pl.Int64, "lost": pl.Int64,
+        },
+    )  # fmt: skip
+    ends = event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
+    begins = event(frame, "trace.lost", "gap", t_ns=pl.col("start"), val=pl.col("start"), flags=1, rank=-1)
+    return pl.concat([begins, ends])
 
 
 class Assembler:

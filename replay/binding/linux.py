@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import polars as pl
 import pyarrow as pa
 
 from replay.binding import kvm_arm64, kvm_x86, linux_evtchn, linux_idle, linux_irq
-from replay.binding.base import Assembler, Bound, Context, Records, event, slices
+from replay.binding.base import Assembler, Bound, Context, Records, lost_events, slices
 from replay.binding.linux_probes import Source
 from replay.coverage import Observation
 
@@ -68,7 +67,7 @@ def _add(observed: dict[str, Observation], more: Mapping[str, Observation]) -> N
 
 def _batches(source: Source, context: Context, binders: tuple[Any, ...]) -> Iterator[pa.Table]:
     assembler = Assembler(context.source)
-    lost = _lost(context)
+    lost = lost_events(context)
     for lo, hi in slices(context.rows):
         frames = [frame for binder in binders for frame in binder.events(lo, hi)]
         frames += source.mapped_events(lo, hi)
@@ -83,26 +82,3 @@ def _batches(source: Source, context: Context, binders: tuple[Any, ...]) -> Iter
     rest = assembler.push([], None)
     if rest is not None:
         yield rest
-
-
-def _lost(context: Context) -> pl.DataFrame:
-    """Gaps as markers at their begin and end; one without an end lasts to the end of the recording."""
-    rows = [g for g in context.gaps if g["t1_ns"] is not None]
-    frame = pl.DataFrame(
-        {
-            "seq": [0] * len(rows),
-            "t_ns": [g["t1_ns"] for g in rows],
-            "t_err_ns": [0] * len(rows),
-            "cpu": [g["cpu"] for g in rows],
-            "offset": [g["offset"] for g in rows],
-            "start": [g["t0_ns"] if g["t0_ns"] is not None else g["t1_ns"] for g in rows],
-            "lost": [g["lost"] for g in rows],
-        },
-        schema={
-            "seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int32, "offset": pl.UInt64,
-            "start": pl.Int64, "lost": pl.Int64,
-        },
-    )  # fmt: skip
-    ends = event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
-    begins = event(frame, "trace.lost", "gap", t_ns=pl.col("start"), val=pl.col("start"), flags=1, rank=-1)
-    return pl.concat([begins, ends])

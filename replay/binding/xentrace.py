@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_via
-from replay.binding.base import Assembler, Bound, Context, Records, event, slices
+from replay.binding.base import Assembler, Bound, Context, Records, event, lost_events, slices
 from replay.coverage import Observation
 
 __all__ = ["FORMATS", "bind"]
@@ -68,7 +68,7 @@ def _batches(
     assembler = Assembler(context.source)
     idle = xentrace_hpet.Binder(records, context, hpet)
     virtual = xentrace_hvm.Binder(records, hvm)
-    lost = _lost(context)
+    lost = lost_events(context)
     for lo, hi in slices(context.rows):
         lapics = list(virtual.events(lo, hi))
         callback = xentrace_via.of_machine(via, lapics, virtual.entries(lo, hi))
@@ -100,26 +100,3 @@ def _runstates(records: Records, lo: int, hi: int) -> Iterator[pl.DataFrame]:
     who = {"dom": pl.col("dom"), "vcpu": pl.col("vcpu")}
     yield event(frame.filter(pl.col("new_state") == 0), "sched.run", name, **who)
     yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val=pl.col("new_state"))
-
-
-def _lost(context: Context) -> pl.DataFrame:
-    """Gaps as markers at their begin and end; one without an end lasts to the end of the recording."""
-    rows = [g for g in context.gaps if g["t1_ns"] is not None]  # an open one comes after the last record
-    frame = pl.DataFrame(
-        {
-            "seq": [0] * len(rows),
-            "t_ns": [g["t1_ns"] for g in rows],
-            "t_err_ns": [0] * len(rows),
-            "cpu": [g["cpu"] for g in rows],
-            "offset": [g["offset"] for g in rows],
-            "start": [g["t0_ns"] if g["t0_ns"] is not None else g["t1_ns"] for g in rows],
-            "lost": [g["lost"] for g in rows],
-        },
-        schema={
-            "seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int32, "offset": pl.UInt64,
-            "start": pl.Int64, "lost": pl.Int64,
-        },
-    )  # fmt: skip
-    ends = event(frame, "trace.lost", "gap", val=pl.col("start"), val2=pl.col("lost"), rank=-1)
-    begins = event(frame, "trace.lost", "gap", t_ns=pl.col("start"), val=pl.col("start"), flags=1, rank=-1)
-    return pl.concat([begins, ends])
