@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from parsers.recording import RecordingError
 
@@ -215,13 +215,6 @@ def _spool(raw: BinaryIO, name: str, max_ratio: float, max_bytes: int) -> Opened
 
 class _Damaged(Exception):
     """The compressed stream ended early or is damaged."""
-
-
-class _Decompressor(Protocol):
-    eof: bool
-    unused_data: bytes
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
 def _plain(source: _Source) -> Iterator[bytes]:

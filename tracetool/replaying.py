@@ -25,8 +25,10 @@ __all__ = ["Choice", "Settings", "blind_share", "checkable", "choose", "observat
 
 #: Share by which a what-if run of the recorded policy may miss the recording's numbers.
 CALIBRATION_TOLERANCE: Final = 0.25
-#: Columns that every machine may ask for, beside its own.
-_ALWAYS: Final = ("kind", "t_ns")
+#: What machines may unpack of a canonical event.
+EVENT_COLUMNS: Final = (
+    "seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +256,10 @@ class _Session:
 
     def _run(self, name: str, cls: type[Any] | None, *, closed: bool, kinds: Sequence[str]) -> Run:
         span = self.dataset.manifest.get("span", {})
-        columns = sorted(set(_event_columns()) | set(_ALWAYS))
         return run_machine(
             self.system,
             name,
-            self._batches(f"{self.system.name} {name}", list(kinds), columns),
+            self._batches(f"{self.system.name} {name}", list(kinds), EVENT_COLUMNS),
             config=self.config,
             closed=closed,
             sub=str(self.dataset.manifest.get("facts", {}).get(f"{self.system.name}_sub", "")),
@@ -285,10 +286,6 @@ class _Session:
             .collect()
         )
         return {seq: (src, offset) for seq, src, offset in frame.iter_rows()}
-
-
-def _event_columns() -> tuple[str, ...]:
-    return ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf")
 
 
 def _horizon(base: Run, run: Run, dataset: Dataset) -> int:

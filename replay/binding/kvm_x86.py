@@ -30,7 +30,6 @@ _ACCEPT: Final = "kvm_apic_accept_irq"
 _INJECT: Final = "kvm_inj_virq"
 _EOIS: Final = ("kvm_eoi", "kvm_pv_eoi")
 _WHO: Final = ("kvm_entry", "kvm_exit")
-_ALL: Final = 1 << 62
 
 
 @dataclass(slots=True)

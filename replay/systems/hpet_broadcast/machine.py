@@ -20,7 +20,7 @@ from replay.systems.hpet_broadcast.monitor import HpetMonitor
 from replay.systems.hpet_broadcast.policies import EARLY_EOI, BroadcastPolicy
 from replay.systems.hpet_broadcast.state import Channel, Cpu, Frame
 
-__all__ = ["HpetBroadcast", "members_of"]
+__all__ = ["HpetBroadcast"]
 
 ENTER: Final = KIND_ID["idle.enter"]
 BREAK: Final = KIND_ID["idle.break"]
@@ -33,11 +33,6 @@ MATCH: Final = 1
 HANDLER_END: Final = 2
 REENTER: Final = 3
 RESUME: Final = 4
-
-
-def members_of(mask: int) -> list[int]:
-    """CPU numbers of a bit mask, ascending."""
-    return [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1]
 
 
 class HpetBroadcast(Machine):

@@ -32,6 +32,7 @@ IRQS_OFF: Final = 2
 
 
 def _members(mask: int) -> list[int]:
+    """CPU numbers of a bit mask, ascending."""
     return [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1]
 
 
