@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tracetool import __version__, exits, terminal
+
+if TYPE_CHECKING:
+    from tracetool.request import Request
 
 __all__ = ["app", "run"]
 
@@ -24,22 +29,102 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+
+# -- options that several commands have ----------------------------------------------------------------------------
+
 Json = Annotated[bool, typer.Option("--json", help="Print the documented JSON object on stdout.")]
-Hz = Annotated[str | None, typer.Option("--cpu-hz", help="Stamp frequency, e.g. 2.4G; replaces what is derived.")]
-XenVersion = Annotated[str | None, typer.Option("--xen-version", help="E.g. 4.17; decides what cannot be told.")]
-Format = Annotated[str | None, typer.Option("--format", help="Read as this format instead of recognising it.")]
-EventMap = Annotated[
-    Path | None, typer.Option("--event-map", help="TOML: what events with names of your own show (kprobes).")
-]
-HpetIrqs = Annotated[str | None, typer.Option("--hpet-irqs", help="Interrupts of the HPET channels, e.g. 24,25,26.")]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option("--policy", "-p", help="current, proposed, NAME, SYSTEM=NAME or ./file.py:Class; repeat to compare."),
-]
-Systems = Annotated[list[str] | None, typer.Option("--system", "-s", help="Only this system; repeat for more.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="A threshold, for instance hpet.slop_ns=50000.")]
-Config = Annotated[Path | None, typer.Option("--config", help="File with thresholds (default: ./tracetool.toml).")]
+Target = Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="A dataset, or a recording to read first.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there already.")]
 FailOn = Annotated[str, typer.Option("--fail-on", help="Exit with 1 from this severity on: error, warn, info, never.")]
+
+#: Values of a group of options by name, as the functions of `tracetool.request` take them.
+Given = Mapping[str, Any]
+
+
+def _reading(
+    cpu_hz: Annotated[
+        str | None, typer.Option("--cpu-hz", help="Stamp frequency, e.g. 2.4G; replaces what is derived.")
+    ] = None,
+    xen_version: Annotated[
+        str | None, typer.Option("--xen-version", help="E.g. 4.17; decides what cannot be told.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="Read as this format instead of recognising it.")
+    ] = None,
+    hpet_irqs: Annotated[
+        str | None, typer.Option("--hpet-irqs", help="Interrupts of the HPET channels, e.g. 24,25,26.")
+    ] = None,
+    event_map: Annotated[
+        Path | None, typer.Option("--event-map", help="TOML: what events with names of your own show (kprobes).")
+    ] = None,
+) -> Given:
+    """How a recording is read."""
+    return {
+        "cpu_hz": cpu_hz, "xen_version": xen_version, "format": format, "hpet_irqs": hpet_irqs, "event_map": event_map,
+    }  # fmt: skip
+
+
+def _replaying(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy", "-p", help="current, proposed, NAME, SYSTEM=NAME or ./file.py:Class; repeat to compare."
+        ),
+    ] = None,
+    system: Annotated[
+        list[str] | None, typer.Option("--system", "-s", help="Only this system; repeat for more.")
+    ] = None,
+) -> Given:
+    """What is replayed."""
+    return {"policies": tuple(policy or ()), "systems": tuple(system or ())}
+
+
+def _thresholds(
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="A threshold, for instance hpet.slop_ns=50000.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="File with thresholds (default: ./tracetool.toml).")
+    ] = None,
+) -> Given:
+    """Parameters of the models."""
+    return {"sets": tuple(set or ()), "config": config}
+
+
+_GROUPS: Mapping[str, Callable[..., Given]] = {
+    "replaying": _replaying, "thresholds": _thresholds, "reading": _reading,
+}  # fmt: skip
+
+
+def _grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of the groups that its parameters name, after its own."""
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for name, p in own.items() if name not in _GROUPS]
+    groups: dict[str, list[str]] = {}
+    for name in (n for n in _GROUPS if n in own):
+        shared = inspect.signature(_GROUPS[name], eval_str=True).parameters
+        groups[name] = list(shared)
+        parameters += shared.values()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {name: _GROUPS[name](**{n: given.pop(n) for n in names}) for name, names in groups.items()}
+        command(**given, **values)
+
+    keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keywords}
+    return run
+
+
+def _request(target: str, reading: Given, thresholds: Given, replaying: Given | None = None) -> Request:
+    from tracetool.request import Request, ingest_options
+
+    return Request(target, **(replaying or {}), **thresholds, options=ingest_options(**reading))
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
 
 
 def _version(value: bool) -> None:
@@ -58,19 +143,16 @@ def _root(
 
 
 @app.command(epilog="Example:  tracetool ingest boot.xentrace.zst -o boot.dataset")
+@_grouped
 def ingest(
     recordings: Annotated[
         list[str],
         typer.Argument(metavar="RECORDING...", help="Files, compressed or not; - is stdin. Several: of one machine."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new dataset.")],
+    reading: Given,
     json: Json = False,
-    cpu_hz: Hz = None,
-    xen_version: XenVersion = None,
-    format: Format = None,
-    hpet_irqs: HpetIrqs = None,
-    event_map: EventMap = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a dataset that is there already.")] = False,
+    force: Force = False,
     offset: Annotated[
         list[str] | None,
         typer.Option("--offset", help="NAME=TICKS or NAME=12.5ms: add to that recording's stamps when merging."),
@@ -78,82 +160,70 @@ def ingest(
 ) -> None:
     """Read recordings into a dataset of Arrow tables, losing nothing."""
     from tracetool import commands
+    from tracetool.request import ingest_options
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, force, offset or (), event_map)
+    options = ingest_options(**reading, force=force, offsets=offset or ())
     raise typer.Exit(commands.ingest(recordings, output, options, json=json))
 
 
 @app.command(epilog="Example:  tracetool info boot.dataset")
+@_grouped
 def info(
-    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to look at.")],
+    target: Target,
+    reading: Given,
     json: Json = False,
-    cpu_hz: Hz = None,
-    xen_version: XenVersion = None,
-    format: Format = None,
-    hpet_irqs: HpetIrqs = None,
     budget: Annotated[
         bool, typer.Option("--budget", help="Where the time goes from timer deadline to the guest's handler.")
     ] = False,
-    event_map: EventMap = None,
 ) -> None:
     """Say what was recorded, how well, and which systems can be checked."""
     from tracetool import commands
+    from tracetool.request import ingest_options
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
-    raise typer.Exit(commands.info(target, options, json=json, budget=budget))
+    raise typer.Exit(commands.info(target, ingest_options(**reading), json=json, budget=budget))
 
 
 @app.command(epilog="Example:  tracetool replay boot.xentrace.zst --policy current --policy proposed")
+@_grouped
 def replay(
     target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING|SCENARIO.json", help="What to replay.")],
-    policy: Policies = None,
-    system: Systems = None,
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
     fail_on: FailOn = "error",
-    cpu_hz: Hz = None,
-    xen_version: XenVersion = None,
-    format: Format = None,
-    hpet_irqs: HpetIrqs = None,
-    event_map: EventMap = None,
 ) -> None:
     """Replay through the reference models and say where recording and model part."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
-    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config, options)
-    raise typer.Exit(commands.replay(request, json=json, fail_on=fail_on))
+    raise typer.Exit(commands.replay(_request(target, reading, thresholds, replaying), json=json, fail_on=fail_on))
 
 
 @app.command(epilog="Example:  tracetool report boot.dataset -o report.html")
+@_grouped
 def report(
-    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to report on.")],
+    target: Target,
     output: Annotated[Path, typer.Option("--output", "-o", help="report.html, .txt, .md, .json or .xml (JUnit).")],
-    policy: Policies = None,
-    system: Systems = None,
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
     fail_on: FailOn = "never",
-    cpu_hz: Hz = None,
-    xen_version: XenVersion = None,
-    format: Format = None,
-    hpet_irqs: HpetIrqs = None,
-    event_map: EventMap = None,
 ) -> None:
     """Write the report that people attach to a bug."""
     from tracetool import commands
 
-    options = commands.ingest_options(cpu_hz, xen_version, format, hpet_irqs, False, (), event_map)
-    chosen = tuple(policy or ("current", "proposed"))
-    request = commands.Request(target, chosen, tuple(system or ()), tuple(set or ()), config, options)
-    raise typer.Exit(commands.report(request, output, json=json, fail_on=fail_on))
+    chosen = {**replaying, "policies": replaying["policies"] or ("current", "proposed")}
+    raise typer.Exit(commands.report(_request(target, reading, thresholds, chosen), output, json=json, fail_on=fail_on))
 
 
 @app.command(epilog="Examples:  tracetool explain hpet-wrong-cpu   tracetool explain boot.dataset hpet:current:3")
+@_grouped
 def explain(
     target: Annotated[str, typer.Argument(metavar="CODE|DATASET|RECORDING", help="A code, or where the finding is.")],
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
     finding: Annotated[
         str | None,
         typer.Argument(metavar="[FINDING]", help="system:policy:episode, or a code; without it: list all."),
@@ -161,22 +231,21 @@ def explain(
     show_python: Annotated[
         bool, typer.Option("--show-python", help="Print the polars lines that show the finding's evidence.")
     ] = False,
-    policy: Policies = None,
-    system: Systems = None,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
 ) -> None:
     """Explain a code, or tell the story of one finding."""
-    from tracetool import commands, commands_more
+    from tracetool import commands_more
 
-    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    request = _request(target, reading, thresholds, replaying)
     raise typer.Exit(commands_more.explain(request, finding, json=json, show_python=show_python))
 
 
 @app.command(epilog="Example:  tracetool query boot.dataset 'SELECT kind, count(*) FROM events GROUP BY kind'")
+@_grouped
 def query(
-    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to ask.")],
+    target: Target,
+    replaying: Given,
+    thresholds: Given,
     sql: Annotated[
         str | None, typer.Argument(metavar="[SQL]", help="A query; without it the tables are listed.")
     ] = None,
@@ -184,75 +253,72 @@ def query(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write there instead of stdout.")] = None,
     format: Annotated[str | None, typer.Option("--format", help="csv, json, parquet or arrow.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", help="Rows at most (stdout: 100; file: all).")] = None,
-    policy: Policies = None,
-    system: Systems = None,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
 ) -> None:
     """Ask with SQL: record tables, events, gaps, notes, findings."""
-    from tracetool import commands, commands_more
+    from tracetool import commands_more
 
-    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
+    request = _request(target, {}, thresholds, replaying)
     raise typer.Exit(
         commands_more.query(request, sql, table=table, output=output, format=format, limit=limit, json=json)
     )
 
 
 @app.command(epilog="Example:  tracetool export boot.dataset --perfetto -o boot.pftrace")
+@_grouped
 def export(
-    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="What to export.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    target: Target,
+    output: Output,
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
     perfetto: Annotated[bool, typer.Option("--perfetto", help="As a Perfetto trace (the default).")] = True,
     start: Annotated[float | None, typer.Option("--from", help="Seconds since the start of the recording.")] = None,
     end: Annotated[float | None, typer.Option("--to", help="Seconds since the start of the recording.")] = None,
-    policy: Policies = None,
-    system: Systems = None,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
 ) -> None:
     """Export as a Perfetto trace: CPUs, vCPUs, interrupts, findings."""
-    from tracetool import commands, commands_more
+    from tracetool import commands_more
 
-    request = commands.Request(target, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
-    raise typer.Exit(commands_more.export(request, output, start=start, end=end, json=json))
+    raise typer.Exit(
+        commands_more.export(_request(target, reading, thresholds, replaying), output, start=start, end=end, json=json)
+    )
 
 
 @app.command(epilog="Example:  tracetool shrink boot.dataset hpet:current:3 -o wrong-cpu")
+@_grouped
 def shrink(
-    target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="Where the finding is.")],
+    target: Target,
     finding: Annotated[str, typer.Argument(metavar="FINDING", help="system:policy:episode, or a code.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="NAME: writes NAME.json and test_NAME.py.")],
+    thresholds: Given,
+    reading: Given,
     seconds: Annotated[float, typer.Option("--seconds", help="Stop looking for a smaller one after this.")] = 30.0,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace files that are there already.")] = False,
+    force: Force = False,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
 ) -> None:
     """Cut a finding down to the few events that show it, with a test."""
-    from tracetool import commands, commands_more
+    from tracetool import commands_more
 
-    request = commands.Request(target, (), (), tuple(set or ()), config)
+    request = _request(target, reading, thresholds)
     raise typer.Exit(commands_more.shrink(request, finding, output, seconds=seconds, force=force, json=json))
 
 
 @app.command(epilog="Example:  tracetool diff before.dataset after.dataset --fail-on warn")
+@_grouped
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="Before: dataset, recording, or JSON of replay or report.")],
     two: Annotated[str, typer.Argument(metavar="B", help="After.")],
-    policy: Policies = None,
-    system: Systems = None,
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
     json: Json = False,
-    set: Sets = None,
-    config: Config = None,
     fail_on: FailOn = "error",
 ) -> None:
     """Compare two recordings or runs: findings new and gone, numbers."""
-    from tracetool import commands, commands_more
+    from tracetool import commands_more
 
-    request = commands.Request(one, tuple(policy or ()), tuple(system or ()), tuple(set or ()), config)
-    raise typer.Exit(commands_more.diff(request, two, json=json, fail_on=fail_on))
+    raise typer.Exit(commands_more.diff(_request(one, reading, thresholds, replaying), two, json=json, fail_on=fail_on))
 
 
 @app.command(epilog="Example:  tracetool recipe evtchn --on linux")

@@ -2,147 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as jsonlib
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from replay.declare import Code, UsageError
 from replay.generic import CODES as GENERIC_CODES
 from replay.systems import SYSTEMS
-from tracetool import __version__, describe, exits, terminal
-from tracetool.ingest import Ingested, IngestOptions, parse_offset
+from tracetool import describe, exits, terminal
+from tracetool.ingest import IngestOptions
 from tracetool.ingest import ingest as run_ingest
-from tracetool.results import SEVERITIES, contract, run_record, worst
-from tracetool.settings import load_event_map, load_values
-from tracetool.store import Dataset, is_dataset
+from tracetool.request import Request, check_severity, exit_code, open_dataset, replayed, say_damage
+from tracetool.results import contract, run_record
 
-__all__ = ["Request", "explain", "info", "ingest", "ingest_options", "recipe", "replay", "report", "selftest"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A replay as asked for on the command line."""
-
-    target: str
-    policies: tuple[str, ...] = ()
-    systems: tuple[str, ...] = ()
-    sets: tuple[str, ...] = ()
-    config: Path | None = None
-    options: IngestOptions = field(default_factory=IngestOptions)
-
-
-# -- options -------------------------------------------------------------------------------------------------------
-
-
-def ingest_options(
-    cpu_hz: str | None,
-    xen_version: str | None,
-    format: str | None,
-    hpet_irqs: str | None,
-    force: bool,
-    offsets: Sequence[str] = (),
-    event_map: Path | None = None,
-) -> IngestOptions:
-    """Checked options; UsageError names the one that is wrong."""
-    return IngestOptions(
-        cpu_hz=_hz(cpu_hz),
-        xen_version=_version(xen_version),
-        format=format,
-        hpet_irqs=_numbers(hpet_irqs),
-        force=force,
-        command="tracetool " + " ".join(sys.argv[1:]),
-        offsets=tuple(parse_offset(text) for text in offsets),
-        event_map=load_event_map(event_map),
-    )
-
-
-def _hz(text: str | None) -> float | None:
-    if text is None:
-        return None
-    scale = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text[-1:].lower(), 1.0)
-    try:
-        value = float(text[:-1] if scale > 1 else text) * scale
-    except ValueError:
-        value = 0.0
-    if not 1e3 <= value <= 1e11:
-        raise UsageError(f"--cpu-hz wants a frequency such as 2400000000 or 2.4G, not {text!r}")
-    return value
-
-
-def _version(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    major, dot, minor = text.partition(".")
-    if not dot or not major.isdigit() or not minor.isdigit():
-        raise UsageError(f"--xen-version wants a version such as 4.17, not {text!r}")
-    return int(major), int(minor)
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(int(part, 0) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--hpet-irqs wants interrupt numbers such as 24,25,26, not {text!r}") from None
-
-
-# -- datasets ------------------------------------------------------------------------------------------------------
-
-
-def _ingest(recordings: Sequence[str], output: Path, options: IngestOptions) -> Ingested:
-    with terminal.progress_bar() as bar:
-        return run_ingest(recordings, output, options, bar)
-
-
-def _dataset(target: str, options: IngestOptions) -> Dataset:
-    """A dataset, or one made of a recording and kept in the cache by content, options and tool version."""
-    path = Path(target)
-    if path.is_dir():
-        return Dataset.open(path)
-    if target != "-" and not path.exists():
-        raise UsageError(f"{target}: no such file or folder")
-    cached = _cache() / _cache_key(path, options) if target != "-" else _cache() / f"stdin-{os.getpid()}"
-    if not is_dataset(cached):
-        ingested = _ingest([target], cached, options)
-        _say_damage(ingested)
-    return Dataset.open(cached)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tracetool"
-
-
-def _cache_key(path: Path, options: IngestOptions) -> str:
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256")
-    stated = (
-        options.cpu_hz, options.xen_version, options.format, options.hpet_irqs, path.name, __version__,
-        sorted(options.event_map.items()),
-    )  # fmt: skip
-    content.update(repr(stated).encode())
-    return content.hexdigest()[:32]
-
-
-def _say_damage(ingested: Ingested) -> None:
-    for note in ingested.notes:
-        if note["severity"] == "error":
-            terminal.error(f"{note['source']}: offset {note['offset']}: {note['text']}; the rest was kept")
-
-
-# -- commands ------------------------------------------------------------------------------------------------------
+__all__ = ["codes", "explain", "info", "ingest", "recipe", "replay", "report", "selftest"]
 
 
 def ingest(recordings: Sequence[str], output: Path, options: IngestOptions, *, json: bool) -> int:
     """`tracetool ingest`."""
-    ingested = _ingest(recordings, output, options)
-    _say_damage(ingested)
+    with terminal.progress_bar() as bar:
+        ingested = run_ingest(recordings, output, options, bar)
+    say_damage(ingested)
     if json:
         print(jsonlib.dumps(describe.ingest_document(ingested)))
     else:
@@ -152,7 +33,7 @@ def ingest(recordings: Sequence[str], output: Path, options: IngestOptions, *, j
 
 def info(target: str, options: IngestOptions, *, json: bool, budget: bool = False) -> int:
     """`tracetool info`; `budget` follows wakes from the deadline to the guest's handler."""
-    dataset = _dataset(target, options)
+    dataset = open_dataset(target, options)
     spent = describe.wake_budget(dataset) if budget else None
     if json:
         document = describe.info_document(dataset)
@@ -166,28 +47,17 @@ def info(target: str, options: IngestOptions, *, json: bool, budget: bool = Fals
 
 def replay(request: Request, *, json: bool, fail_on: str) -> int:
     """`tracetool replay`."""
-    _check_severity(fail_on)
+    check_severity(fail_on)
     if request.target.endswith(".json") and Path(request.target).is_file():
         return _replay_scenario(request, json=json, fail_on=fail_on)
-    dataset, runs = _runs(request)
+    settings = request.settings()  # what is wrong with them is said before a recording is read
+    dataset = open_dataset(request.target, request.options)
+    runs = replayed(dataset, settings)
     if json:
         print(contract(runs))
     else:
         print(describe.runs_text(runs, dataset))
-    return _code(runs, request, fail_on, damaged=bool(dataset.manifest.get("damaged")))
-
-
-def _runs(request: Request) -> tuple[Dataset, list[dict[str, Any]]]:
-    from tracetool.replaying import Settings, choose, replay_dataset
-
-    settings = Settings(
-        policies=tuple(choose(p) for p in request.policies or ("current",)),
-        systems=request.systems,
-        values=load_values(request.sets, request.config),
-    )
-    dataset = _dataset(request.target, request.options)
-    with terminal.progress_bar() as bar:
-        return dataset, replay_dataset(dataset, settings, bar)
+    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged")))
 
 
 def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
@@ -197,7 +67,7 @@ def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
 
     scenario = load_scenario(request.target)
     system = scenario.system
-    overrides = load_values(request.sets, request.config).get(system.name, {})
+    overrides = request.values().get(system.name, {})
     config = Config(system.parameters, {**scenario.config, **overrides})
     choices = [choose(name) for name in request.policies or tuple(scenario.policies) or ("current",)]
     runs = []
@@ -210,38 +80,23 @@ def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
         print(contract(runs))
     else:
         print(describe.runs_text(runs, None, title=f"{scenario.id}: {scenario.title}"))
-    return _code(runs, request, fail_on, damaged=False)
-
-
-def _check_severity(fail_on: str) -> None:
-    if fail_on not in (*SEVERITIES, "never"):
-        raise UsageError(f"--fail-on wants error, warn, info or never, not {fail_on!r}")
-
-
-def _code(runs: Sequence[dict[str, Any]], request: Request, fail_on: str, *, damaged: bool) -> int:
-    """Exit code of a replay: findings first, then damage, then ignorance."""
-    found = worst(runs)
-    if fail_on != "never" and found is not None and SEVERITIES.index(found) <= SEVERITIES.index(fail_on):
-        return exits.FINDINGS
-    if damaged:
-        return exits.UNREADABLE
-    if not runs or any(r["verdict"] == "inconclusive" for r in runs):
-        return exits.INCONCLUSIVE
-    return exits.CLEAN
+    return exit_code(runs, fail_on, damaged=False)
 
 
 def report(request: Request, output: Path, *, json: bool, fail_on: str) -> int:
     """`tracetool report`."""
     from tracetool.report.write import write_report
 
-    _check_severity(fail_on)
-    dataset, runs = _runs(request)
+    check_severity(fail_on)
+    settings = request.settings()
+    dataset = open_dataset(request.target, request.options)
+    runs = replayed(dataset, settings)
     size = write_report(dataset, runs, output, command=request.options.command)
     if json:
         print(jsonlib.dumps({"schema": 1, "output": str(output), "bytes": size, "verdicts": _verdicts(runs)}))
     else:
         print(f"{output}  {size / 1e6:.1f} MB")
-    return _code(runs, request, fail_on, damaged=bool(dataset.manifest.get("damaged"))) if fail_on != "never" else 0
+    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged"))) if fail_on != "never" else 0
 
 
 def _verdicts(runs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

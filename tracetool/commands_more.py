@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
 from tracetool import commands, exits, terminal
-from tracetool.commands import Request
-from tracetool.commands import _check_severity as check_severity
-from tracetool.commands import _dataset as dataset_of
-from tracetool.settings import load_values
+from tracetool.request import Request, check_severity, open_dataset, replayed
 from tracetool.store import Dataset
 
 __all__ = ["diff", "explain", "export", "query", "shrink"]
 
 #: Rows that go to stdout when nobody says how many.
 ROWS: Final = 100
-
-
-def _replayed(dataset: Dataset, request: Request) -> list[dict[str, Any]]:
-    from tracetool.replaying import Settings, choose, replay_dataset
-
-    policies = tuple(choose(p) for p in request.policies or ("current",))
-    return replay_dataset(dataset, Settings(policies, request.systems, _values(request)))
-
-
-def _values(request: Request) -> Mapping[str, Mapping[str, Any]]:
-    return load_values(request.sets, request.config)
 
 
 # -- explain -------------------------------------------------------------------------------------------------------
@@ -47,12 +33,12 @@ def explain(request: Request, finding: str | None, *, json: bool, show_python: b
         return commands.explain(target, json=json)  # says which codes are nearly called so
     from tracetool import story
 
-    dataset = dataset_of(target, request.options)
+    dataset = open_dataset(target, request.options)
     if finding is None:
-        records, text = story.listing(_replayed(dataset, request), dataset)
+        records, text = story.listing(replayed(dataset, request.settings()), dataset)
         print(jsonlib.dumps({"schema": 1, "findings": records}) if json else text)
         return exits.CLEAN
-    chosen = story.find(dataset, finding, _values(request))
+    chosen = story.find(dataset, finding, request.values())
     if json:
         print(jsonlib.dumps(story.document(dataset, chosen)))
     elif show_python:
@@ -92,11 +78,11 @@ def query(
         raise UsageError("-o needs a query: tracetool query DATASET 'SELECT …' -o FILE")
     if output is None and format in ("parquet", "arrow"):
         raise UsageError(f"{format} is not for a terminal: give -o FILE")
-    dataset = dataset_of(request.target, request.options)
+    dataset = open_dataset(request.target, request.options)
     if sql is None:
         return _help(dataset, table, json=json)
     bound = limit if limit is not None or output is not None else ROWS
-    answer = q.ask(dataset, sql, limit=bound, runs=lambda: _replayed(dataset, request))
+    answer = q.ask(dataset, sql, limit=bound, runs=lambda: replayed(dataset, request.settings()))
     if output is not None:
         size = q.write_frame(answer.frame, output, format)
         terminal.note(f"{output}: {answer.frame.height} rows, {size} bytes")
@@ -152,8 +138,8 @@ def export(request: Request, output: Path, *, start: float | None, end: float | 
     from tracetool.export.perfetto import require
 
     require()  # before minutes of work
-    dataset = dataset_of(request.target, request.options)
-    done = write_trace(dataset, _replayed(dataset, request), output, start_s=start, end_s=end)
+    dataset = open_dataset(request.target, request.options)
+    done = write_trace(dataset, replayed(dataset, request.settings()), output, start_s=start, end_s=end)
     if json:
         print(jsonlib.dumps({"schema": 1, "output": str(output), **done}))
     else:
@@ -172,8 +158,8 @@ def shrink(request: Request, finding: str, output: Path, *, seconds: float, forc
     from tracetool import story
     from tracetool.shrink import shrink_finding, write_case
 
-    dataset = dataset_of(request.target, request.options)
-    values = _values(request)
+    dataset = open_dataset(request.target, request.options)
+    values = request.values()
     chosen = story.find(dataset, finding, values)
     case = shrink_finding(dataset, chosen, output.name, values, seconds=seconds)
     scenario, test = write_case(case, output, force=force)
@@ -209,5 +195,5 @@ def _side(path: str, request: Request) -> dict[str, Any]:
             return stored
     if not Path(path).is_dir() and not Path(path).exists():
         raise UsageError(f"{path}: no such file or folder")
-    dataset = dataset_of(path, request.options)
-    return {"name": path, "runs": _replayed(dataset, request), "unit": dataset.manifest["clock"]["unit"]}
+    dataset = open_dataset(path, request.options)
+    return {"name": path, "runs": replayed(dataset, request.settings()), "unit": dataset.manifest["clock"]["unit"]}
