@@ -321,6 +321,43 @@ def diff(
     raise typer.Exit(commands_more.diff(_request(one, reading, thresholds, replaying), two, json=json, fail_on=fail_on))
 
 
+@app.command(epilog="Example:  tracetool fleet recordings/ --policy current --policy proposed -o fleet.results")
+@_grouped
+def fleet(
+    recordings: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR|GLOB|FILE...", help="Folders with all below, quoted patterns (** too), files."),
+    ],
+    replaying: Given,
+    thresholds: Given,
+    reading: Given,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the results; a second call does what is missing.")
+    ],
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes (default: one a CPU).")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="dask://HOST:PORT: a cluster that shares the file system.")
+    ] = None,
+    version_from: Annotated[
+        str | None, typer.Option("--version-from", help="Version in the path: a pattern such as 'build-([^/]+)'.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write a JUnit file too.")] = None,
+    json: Json = False,
+    fail_on: FailOn = "error",
+) -> None:
+    """Replay many recordings; a table of what is found, where, since when."""
+    from tracetool.fleet.command import fleet as run_fleet
+    from tracetool.fleet.plan import Job
+
+    request = _request("", reading, thresholds, replaying)
+    policies = request.policies or ("current",)
+    job = Job(policies, request.systems, request.values(), request.options, version_from)
+    code = run_fleet(
+        recordings, output, job, jobs=jobs, engine=engine, json=json, junit_file=junit, fail_on=fail_on
+    )
+    raise typer.Exit(code)
+
+
 @app.command(epilog="Example:  tracetool recipe evtchn --on linux")
 def recipe(
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help="hpet, callback, vgic, irqflow, evtchn, apic, gic.")],

@@ -1,0 +1,120 @@
+"""Worker processes on this machine: each task is known to be with one worker, so the death of one costs one retry.
+
+`concurrent.futures` gives up on all tasks when a worker dies and does not say which task killed it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, Final
+
+from tracetool.fleet.work import Outcome, Task, failed_row, run_task
+
+__all__ = ["ATTEMPTS", "run_pool"]
+
+#: A task whose worker died is given to another this often in all.
+ATTEMPTS: Final = 2
+
+
+class _Worker:
+    """A process and our end of its pipe; `task` is what it works on."""
+
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # polars and Arrow have threads: no fork
+        self.pipe, theirs = context.Pipe()
+        held = os.environ.get("POLARS_MAX_THREADS")
+        os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # read when the worker imports polars
+        try:
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+        finally:
+            if held is None:
+                del os.environ["POLARS_MAX_THREADS"]
+        theirs.close()
+        self.task: Task | None = None
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        with suppress(OSError):  # a worker that is dead already is noticed by its end of the pipe
+            self.pipe.send(task)
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker: tasks come, outcomes go. Ends with its parent, even in the middle of a task."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send(run_task(pipe.recv()))
+
+
+def run_pool(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+    """Outcomes as they come. A worker that dies is replaced; its task is tried once more and then reported."""
+    waiting = deque(tasks)
+    attempts: dict[str, int] = {}
+    jobs = min(jobs, len(tasks))
+    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
+    workers: list[_Worker] = []
+    try:
+        while waiting or any(w.task for w in workers):
+            while waiting and len(workers) < jobs:
+                workers.append(_Worker(threads))
+            for worker in workers:
+                if worker.task is None and waiting:
+                    task = waiting.popleft()
+                    attempts[task.name] = attempts.get(task.name, 0) + 1
+                    worker.give(task)
+            ready = wait([w.pipe for w in workers if w.task])
+            for worker in [w for w in workers if w.pipe in ready]:
+                given, outcome = worker.task, _receive(worker)
+                assert given is not None
+                task, worker.task = given, None
+                if outcome is not None:
+                    outcome.row["attempts"] = attempts[task.name]
+                    yield outcome
+                    continue
+                workers.remove(worker)
+                worker.process.join()
+                if attempts[task.name] < ATTEMPTS:
+                    waiting.append(task)
+                    continue
+                said = f"its worker died {ATTEMPTS} times, last {_cause(worker.process.exitcode)}"
+                yield Outcome(task.name, failed_row(task, said, ATTEMPTS), None)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _receive(worker: _Worker) -> Outcome | None:
+    try:
+        outcome: Any = worker.pipe.recv()
+    except (EOFError, OSError):
+        return None
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            return f"by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"with exit code {code}"
