@@ -56,7 +56,9 @@ def replay(request: Request, *, json: bool, fail_on: str) -> int:
     if json:
         print(contract(runs))
     else:
-        print(describe.runs_text(runs, dataset))
+        from tracetool.report import console
+
+        terminal.show(console.render(runs, dataset.manifest, target=request.target))
     return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged")))
 
 
@@ -79,7 +81,9 @@ def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
     if json:
         print(contract(runs))
     else:
-        print(describe.runs_text(runs, None, title=f"{scenario.id}: {scenario.title}"))
+        from tracetool.report import console
+
+        terminal.show(console.render(runs, {}, title=f"{scenario.id}: {scenario.title}"))
     return exit_code(runs, fail_on, damaged=False)
 
 

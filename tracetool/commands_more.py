@@ -43,13 +43,8 @@ def explain(request: Request, finding: str | None, *, json: bool, show_python: b
         print(jsonlib.dumps(story.document(dataset, chosen)))
     elif show_python:
         print("\n".join(story.python_lines(dataset, chosen)))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        # rich knows about NO_COLOR and dumb terminals.
-        Console(highlight=False, emoji=False).print(story.markup(dataset, chosen), soft_wrap=True)
     else:
-        print(story.plain(dataset, chosen))
+        terminal.show(story.told(dataset, chosen))
     return exits.CLEAN
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from replay.declare import Code, Parameter
 from tracetool.ingest import Ingested
-from tracetool.results import SEVERITIES, fold
 from tracetool.store import Dataset
 from tracetool.terminal import clean
 
@@ -19,7 +18,6 @@ __all__ = [
     "info_text",
     "ingest_document",
     "ingest_text",
-    "runs_text",
     "wake_budget",
     "wake_budget_text",
 ]
@@ -219,67 +217,6 @@ def _coverage_lines(name: str, rules: Sequence[Mapping[str, str]], why: Any) -> 
                 listed = ", ".join(r["rule"] for r in states[state])
                 lines += textwrap.wrap(f"{state}: {listed}", 96, initial_indent=" " * 12, subsequent_indent=" " * 14)
     return lines
-
-
-# -- replay --------------------------------------------------------------------------------------------------------
-
-
-def runs_text(runs: Sequence[Mapping[str, Any]], dataset: Dataset | None, *, title: str = "") -> str:
-    """Findings and numbers of some runs, for a terminal or a log."""
-    unit = dataset.manifest["clock"]["unit"] if dataset else "ns"
-    lines = [title] if title else []
-    if not runs:
-        lines.append("inconclusive: nothing in this recording can be checked")
-        for key in ("binding", "hpet", "apic"):
-            why = dataset.manifest["facts"].get(key) if dataset else None
-            if isinstance(why, str):
-                lines.append(f"  {key}: {why}")
-        return "\n".join(lines)
-    for run in runs:
-        lines.extend(_run_lines(run, unit))
-    return "\n".join(lines)
-
-
-def _run_lines(run: Mapping[str, Any], unit: str) -> list[str]:
-    counts = {s: sum(f["severity"] == s for f in run["findings"]) for s in SEVERITIES}
-    found = ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "no findings"
-    lines = [f"{run['system']} under {run['policy']} ({run['mode']}): {run['verdict']}  [{found}]"]
-    calibration = run.get("calibration")
-    if calibration:
-        pairs = ", ".join(f"{k} recorded {a} predicted {b}" for k, (a, b) in calibration["metrics"].items())
-        lines.append(f"  {calibration['state']}: {pairs}")
-    if run["horizon_ns"] is not None:
-        lines.append(f"  the recording is evidence until {_seconds(run['horizon_ns'], unit)}")
-    groups: dict[tuple[str, str], list[Sequence[Mapping[str, Any]]]] = {}
-    for group in fold(run["findings"]):
-        groups.setdefault((group[0]["severity"], group[0]["code"]), []).append(group)
-    for (severity, code), episodes in groups.items():
-        total = sum(len(g) for g in episodes)
-        first = episodes[0][0]
-        where = _where(first)
-        lines.append(f"  {severity:<5} {code}: {total} in {len(episodes)} episodes; first at "
-                     f"{_seconds(first['t_ns'], unit)}{where}")  # fmt: skip
-        if severity != "info":
-            lines.append(f"        expected {clean(first['expected'])}; observed {clean(first['observed'])} "
-                         f"(confidence {first['confidence']})")  # fmt: skip
-    blind = [r["rule"] for r in run["coverage"] if r["state"] == "blind"]
-    if blind:
-        lines += textwrap.wrap(f"not visible in this recording: {', '.join(blind)}", 100, initial_indent="  ",
-                               subsequent_indent="    ")  # fmt: skip
-    metrics = "  ".join(f"{k}={v}" for k, v in run["metrics"].items() if "." not in k and v)
-    lines += textwrap.wrap(metrics, 100, initial_indent="  ", subsequent_indent="  ")
-    return lines
-
-
-def _where(finding: Mapping[str, Any]) -> str:
-    parts = [
-        f"cpu {finding['cpu']}" if finding["cpu"] is not None else "",
-        f"d{finding['dom']}v{finding['vcpu']}" if finding["dom"] is not None and finding["vcpu"] is not None else "",
-        f"object {finding['obj']}" if finding["obj"] is not None else "",
-        f"offset {finding['offset']}" if finding["offset"] is not None else "",
-    ]
-    text = ", ".join(p for p in parts if p)
-    return f" ({text})" if text else ""
 
 
 # -- codes ---------------------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from replay.declare import UsageError
+from tracetool.report.model import finding_id
 from tracetool.store import Dataset, StoreError
 from tracetool.terminal import clean
 
 __all__ = [
-    "FINDINGS_SCHEMA", "FORMATS", "Answer", "ask", "columns_of", "finding_id", "findings_frame", "quoted",
+    "FINDINGS_SCHEMA", "FORMATS", "Answer", "ask", "columns_of", "findings_frame", "quoted",
     "render_frame", "table_names", "tables_of", "write_frame",
 ]  # fmt: skip
 
@@ -96,11 +97,6 @@ CELL: Final = 60
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
-
-
-def finding_id(run: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
-    """The name of a finding's episode: `hpet:current:3`."""
-    return f"{run['system']}:{run['policy']}:{finding['episode']}"
 
 
 def findings_frame(runs: Sequence[Mapping[str, Any]]) -> pl.DataFrame:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
-from tracetool.query import finding_id
 from tracetool.replaying import Choice, Settings, checkable, choose, replay_dataset
 from tracetool.report import console, model
-from tracetool.report.text import story_lines
+from tracetool.report.model import finding_id
 from tracetool.results import fold
 from tracetool.store import Dataset
 from tracetool.terminal import clean
 
-__all__ = ["Chosen", "document", "find", "listing", "markup", "plain", "python_lines"]
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["Chosen", "document", "find", "listing", "python_lines", "told"]
 
 #: Width of a story in characters.
 WIDTH: Final = 100
@@ -99,22 +101,15 @@ def _told(dataset: Dataset, chosen: Chosen) -> tuple[model.Story, Any]:
     # verified the only one.
     alone = {**chosen.run, "findings": list(chosen.group)}
     runs = [alone, *(r for r in chosen.runs if r is not chosen.run)]
-    told = model.stories(runs, times, gaps=dataset.gaps(), only_primary=alone["mode"] == "verify")
-    story = next(s for s in told if s.run is alone)
-    story.number = chosen.first["episode"]
+    stories = model.stories(runs, times, gaps=dataset.gaps(), only_primary=alone["mode"] == "verify")
+    story = next(s for s in stories if s.run is alone)
     return story, times
 
 
-def plain(dataset: Dataset, chosen: Chosen) -> str:
-    """The story as plain text, cleaned and wrapped."""
+def told(dataset: Dataset, chosen: Chosen) -> Text:
+    """The story for a terminal, wrapped."""
     story, times = _told(dataset, chosen)
-    return "\n".join([clean(chosen.id), *story_lines(story, times, WIDTH)]).replace("\u202f", " ")
-
-
-def markup(dataset: Dataset, chosen: Chosen) -> str:
-    """The same as rich markup; what was recorded is escaped."""
-    story, times = _told(dataset, chosen)
-    return f"[dim]{clean(chosen.id)}[/]\n" + console.story(story, times, width=WIDTH).rstrip("\n")
+    return console.story(story, times, width=WIDTH)
 
 
 def document(dataset: Dataset, chosen: Chosen) -> dict[str, Any]:
@@ -144,13 +139,13 @@ def document(dataset: Dataset, chosen: Chosen) -> dict[str, Any]:
 def listing(runs: Sequence[Mapping[str, Any]], dataset: Dataset) -> tuple[list[dict[str, Any]], str]:
     """Every episode with the name under which it can be explained: (records, text)."""
     times = model.times_of(dataset.manifest)
-    told = model.stories(runs, times, only_primary=False)
+    stories = model.stories(runs, times, only_primary=False)
     records = [
         {
-            "finding": finding_id(s.run, s.first), "severity": s.severity, "title": s.title, "t_ns": s.first["t_ns"],
+            "finding": s.id, "severity": s.severity, "title": s.title, "t_ns": s.first["t_ns"],
             "occurrences": len(s.findings), "predicted": s.predicted,
         }
-        for s in told
+        for s in stories
     ]  # fmt: skip
     width = max((len(r["finding"]) for r in records), default=0)
     lines = [

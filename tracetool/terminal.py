@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["clean", "error", "note", "progress_bar"]
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["clean", "error", "note", "progress_bar", "show"]
 
 #: A bar appears only when the work has taken this long (seconds).
 PATIENCE: Final = 0.6
@@ -29,6 +32,13 @@ def note(text: str) -> None:
     print(clean(text), file=sys.stderr)
 
 
+def show(text: Text) -> None:
+    """Styled text on stdout: coloured on a terminal (rich knows NO_COLOR and dumb terminals), plain elsewhere."""
+    from rich.console import Console
+
+    Console(highlight=False, emoji=False).print(text, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A callable (what, done, total) that draws a bar with rate and time left; None when stderr is no terminal."""
@@ -37,14 +47,14 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
+    from rich.text import Text as Words
 
     class Rate(ProgressColumn):
         """Bytes a second while reading, records or events a second otherwise."""
 
-        def render(self, task: Task) -> Text:
+        def render(self, task: Task) -> Words:
             speed = task.finished_speed or task.speed or 0.0
-            return Text(f"{speed / 1e6:.1f} M{'B' if task.description == 'reading' else ''}/s")
+            return Words(f"{speed / 1e6:.1f} M{'B' if task.description == 'reading' else ''}/s")
 
     started = time.monotonic()
     bar = Progress(

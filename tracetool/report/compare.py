@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracetool.report.model import reliable
+from tracetool.report.model import verdict_kind, verdict_words, worth
 from tracetool.report.words import Times, number
 
 __all__ = ["comparison"]
@@ -49,8 +49,9 @@ def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str
                 "title": mine[0].get("title", ""),
                 "runs": [
                     {
-                        "policy": r["policy"], "mode": r["mode"], "verdict": r["verdict"],
-                        "trust": _trust(r, times), "horizon_ns": r.get("horizon_ns"),
+                        "policy": r["policy"], "mode": r["mode"], "verdict": verdict_words(r),
+                        "kind": verdict_kind(r),
+                        "trust": worth(r, times), "horizon_ns": r.get("horizon_ns"),
                     }
                     for r in mine
                 ],
@@ -59,10 +60,6 @@ def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str
             }
         )  # fmt: skip
     return tables
-
-
-def _trust(run: Mapping[str, Any], times: Times) -> str:
-    return reliable(run, -1 if run.get("horizon_ns") is not None else 0, times)
 
 
 def _change(delta: float, old: float | None) -> str:

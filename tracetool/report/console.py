@@ -1,67 +1,115 @@
-"""The summary that `tracetool replay` shows on a terminal, as rich markup.
+"""What `tracetool replay` and `tracetool explain` show on a terminal, as rich text.
 
-Nothing that was recorded can control the terminal or become markup.
+Styles are put beside the words, never into them: nothing that was recorded can control the terminal or become markup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from rich.markup import escape
+from rich.text import Text
 
 from tracetool.report import model
-from tracetool.report.words import clean, count, plural
+from tracetool.report.text import story_lines
+from tracetool.report.words import Times, clean, count, lines, number, plural, where
+from tracetool.results import fold
 
 __all__ = ["render", "story"]
 
-_COLOUR: Final[Mapping[str, str]] = {
+_STYLE: Final[Mapping[str, str]] = {
     "error": "bold red", "warn": "yellow", "info": "cyan", "findings": "bold red", "clean": "green",
-    "inconclusive": "bold magenta",
+    "inconclusive": "bold magenta", "dim": "dim", "bold": "bold", "blind": "magenta",
 }  # fmt: skip
+#: Width of a line that is wrapped.
+WIDTH: Final = 100
+
+#: Words, or words with a key of _STYLE.
+Piece = str | tuple[str, str]
 
 
-def _paint(word: str, kind: str) -> str:
-    return f"[{_COLOUR.get(kind, 'bold')}]{_safe(word)}[/]"
+def _line(*pieces: Piece) -> Text:
+    """One line of cleaned words."""
+    text = Text()
+    for piece in pieces:
+        words, kind = (piece, "") if isinstance(piece, str) else piece
+        text.append(clean(words), style=_STYLE.get(kind, ""))
+    return text
 
 
-def _safe(text: object) -> str:
-    """Cleaned, and not markup either. A backslash at the end would escape the markup that follows."""
-    safe = escape(clean(text))
-    return safe + " " if safe.endswith("\\") else safe
+def _page(told: Iterable[Text]) -> Text:
+    """Lines as one text. Groups of thousands are thin spaces elsewhere; here every space is as wide as another."""
+    page = Text("\n").join(told)
+    return Text(page.plain.replace("\u202f", " "), spans=page.spans)
 
 
-def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], *, limit: int = 10) -> str:
-    """Verdict, a line for each run, the first `limit` episodes, and what could not be checked; rich markup."""
+def render(
+    runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], *, title: str = "", target: str = "DATASET"
+) -> Text:
+    """Verdict, then each run: its worth, each code with its first episode, numbers, what nobody could see.
+
+    `title` stands in place of the verdict of a recording (a scenario has none); `target` is what `explain` is given.
+    """
     times = model.times_of(manifest)
-    verdict = model.overall(runs)
-    out = [f"{_paint(verdict, verdict)}  {_safe(model.headline(runs, times))}", ""]
+    if title:
+        out = [_line(title)]
+    else:
+        verdict = model.overall(runs)
+        out = [_line((verdict, verdict), f"  {model.headline(runs, times)}")]
+    if not runs:
+        reasons = (manifest.get("facts") or {}).items()
+        out += [_line(f"  {key}: {why}") for key, why in reasons if key in model.REASONS and isinstance(why, str)]
     for run in runs:
-        summary = model.run_summary(run, times)
-        found = model.severities(run["findings"])
-        counted = ", ".join(_paint(count({s: n}), s) for s, n in found.items()) or "no findings"
-        blind = (
-            f", [bold magenta]{summary['blind']} of {len(run['coverage'])} rules blind[/]" if summary["blind"] else ""
-        )
-        out.append(f"  {_safe(model.run_name(run))}: {_paint(run['verdict'], run['verdict'])}, {counted}{blind}")
-    told = model.stories(runs, times)
-    if told:
-        out.append("")
-    for item in told[:limit]:
-        predicted = " [dim](predicted)[/]" if item.predicted else ""
-        out.append(f"  {item.number:>3} {_paint(item.severity, item.severity)} {_safe(item.title)}{predicted}")
-        first = item.first
-        observed, expected = _safe(first["observed"] or "not stated"), _safe(first["expected"] or "not stated")
-        out.append(f"      [dim]{times.at(first['t_ns'])}[/] {observed} [dim](expected: {expected})[/]")
-    if len(told) > limit:
-        out.append(f"      … and {plural(len(told) - limit, 'more episode')}")
-    return "\n".join(out) + "\n"
+        out += [_line(), *_run(run, times)]
+    named = next((s.id for s in model.stories(runs, times)[:1]), None)
+    if named is not None and not title:
+        out += [_line(), _line(("the story of a finding:  ", "dim"), f"tracetool explain {target} {named}")]
+    return _page(out)
 
 
-def story(item: model.Story, times: Any, *, width: int = 100) -> str:
-    """One episode for `explain`, rich markup."""
-    from tracetool.report.text import story_lines
+def _run(run: Mapping[str, Any], times: Times) -> list[Text]:
+    found: list[Piece] = []
+    for severity, n in model.severities(run["findings"]).items():
+        found += [", ", (count({severity: n}), severity)]
+    verdict = (model.verdict_words(run), model.verdict_kind(run))
+    out = [_line((model.run_name(run), "bold"), ": ", verdict, *(found or [", no findings"]))]
+    if run["mode"] != "verify":
+        out += map(_line, lines(f"worth: {model.worth(run, times)}", WIDTH, indent="    ", first="  "))
+    groups: dict[tuple[str, str], list[Sequence[Mapping[str, Any]]]] = {}
+    for group in fold(run["findings"]):
+        groups.setdefault((group[0]["severity"], group[0]["code"]), []).append(group)
+    for episodes in groups.values():
+        out += _code(run, episodes, times)
+    blind = [r["rule"] for r in run["coverage"] if r["state"] == "blind"]
+    if blind:
+        head = f"{len(blind)} of {plural(len(run['coverage']), 'rule')} cannot be seen in this recording: "
+        out += [_line((x, "blind")) for x in lines(head + ", ".join(blind), WIDTH, indent="    ", first="  ")]
+    metrics = [f"{k}={number(v)}" for k, v in run["metrics"].items() if "." not in k and v]
+    out += [_line((x, "dim")) for x in lines("  ".join(metrics), WIDTH, indent="  ", first="  ") if metrics]
+    return out
 
-    lines = story_lines(item, times, width)
-    colour = _COLOUR.get(item.severity, "bold")
-    return "\n".join([f"[{colour}]{_safe(lines[0])}[/]", *map(_safe, lines[1:])]) + "\n"
+
+def _code(run: Mapping[str, Any], episodes: Sequence[Sequence[Mapping[str, Any]]], times: Times) -> list[Text]:
+    """All episodes of one code and severity, told by the first."""
+    first = episodes[0][0]
+    total = sum(len(group) for group in episodes)
+    name = f"{first['code']} on {where(first, run['system'])}"
+    if total > 1:
+        name += f", {number(total)} times"
+    if len(episodes) > 1:
+        name += f" in {plural(len(episodes), 'episode')}"
+    when = f"at {times.at(first['t_ns'])}"
+    if first["offset"] is not None:
+        when += f", offset {first['offset']:#x}"
+    severity, expected = first["severity"], first["expected"] or "not stated"
+    return [
+        _line("  ", (severity.ljust(5), severity), f" {name}  ", (model.finding_id(run, first), "dim")),
+        _line(f"        {first['observed'] or 'not stated'} ", (f"(expected: {expected})", "dim")),
+        _line((f"        {when}, confidence {first['confidence']}", "dim")),
+    ]
+
+
+def story(item: model.Story, times: Times, *, width: int = WIDTH) -> Text:
+    """One episode for `explain`."""
+    head, *rest = story_lines(item, times, width)
+    return _page([_line((head, item.severity)), *map(_line, rest)])

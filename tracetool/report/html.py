@@ -258,7 +258,7 @@ def _place(single: bool, source: object, offset: int | None) -> str:
 def _line(story: Story, times: words.Times, place: Place) -> dict[str, Any]:
     first = story.first
     return {
-        "number": story.number, "severity": story.severity, "code": first["code"], "run": model.run_name(story.run),
+        "id": story.id, "severity": story.severity, "code": first["code"], "run": model.run_name(story.run),
         "where": words.where(first, story.run["system"]), "t": times.at(first["t_ns"]), "n": len(story.findings),
         "expected": first["expected"], "observed": first["observed"], "confidence": first["confidence"],
         "place": place(first.get("source"), first.get("offset")),

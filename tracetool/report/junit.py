@@ -30,7 +30,8 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
             mine = findings.get(name, [])
             bad = [f for f in mine if f["severity"] in ("error", "warn")]
             told = [
-                f"{times.at(f['t_ns'])} {where(f, run['system'])}: expected {f['expected']}; observed {f['observed']}"
+                f"{model.finding_id(run, f)} {times.at(f['t_ns'])} {where(f, run['system'])}: "
+                f"expected {f['expected']}; observed {f['observed']}"
                 for f in (bad or mine)[:LISTED]
             ]
             if len(bad or mine) > LISTED:
@@ -51,7 +52,10 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
             skipped=str(sum(c.find("skipped") is not None for c in cases)), errors="0",
         )  # fmt: skip
         properties = ET.SubElement(suite, "properties")
-        ET.SubElement(properties, "property", name="verdict", value=clean(run["verdict"]))
+        for name, value in (
+            ("verdict", model.verdict_words(run)), ("mode", run["mode"]), ("worth", model.worth(run, times)),
+        ):  # fmt: skip
+            ET.SubElement(properties, "property", name=name, value=clean(value))
         suite.extend(cases)
     ET.indent(root, " ")
     return ET.tostring(root, encoding="unicode", xml_declaration=False).join(('<?xml version="1.0"?>\n', "\n"))

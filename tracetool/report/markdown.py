@@ -57,7 +57,7 @@ def render(
     if len(told) > STORIES:
         out += [f"### {escape(plural(len(told) - STORIES, 'further episode'))}", ""]
         for story in told[STORIES : STORIES + LISTED]:
-            out += [f"* {story.severity}: {escape(story.title)}, {times.at(story.first['t_ns'])}"]
+            out += [f"* {_code(story.id)} {story.severity}: {escape(story.title)}, {times.at(story.first['t_ns'])}"]
         if len(told) > STORIES + LISTED:
             out += [f"* and {number(len(told) - STORIES - LISTED)} more in the JSON output"]
         out += [""]
@@ -94,7 +94,7 @@ def _coverage(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _story(story: Story, times: Times, gaps_known: bool) -> list[str]:
     first, code = story.first, story.code
-    out = [f"### {story.number}. {story.severity}: {escape(story.title)}", ""]
+    out = [f"### {_code(story.id)} {story.severity}: {escape(story.title)}", ""]
     note = ", **predicted by the model, not recorded**" if story.predicted else ""
     out += [f"{escape(model.run_name(story.run))}{note}.", ""]
     if code:

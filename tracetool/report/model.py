@@ -18,13 +18,18 @@ from tracetool.report.words import Times, count, number, plural, where
 from tracetool.results import SEVERITIES, episode_key, fold
 
 __all__ = [
-    "Other", "Rule", "Step", "Story", "clock_words", "code_of", "headline",
+    "REASONS", "Other", "Rule", "Step", "Story", "clock_words", "code_of", "finding_id", "headline",
     "input_name", "nearest_gap", "overall", "primary",
     "reliable", "rules", "run_name", "run_summary", "severities", "stories", "times_of", "title_of", "tool_of",
+    "verdict_kind", "verdict_words", "worth",
 ]  # fmt: skip
 
 #: Episodes for which the other runs and the gaps are searched; the search costs time for each.
 COMPARED: Final = 500
+#: Facts of a dataset that say why a system cannot be judged, when they are text.
+REASONS: Final = frozenset({"binding", *SYSTEMS})
+#: A run that could look with less than this share of its rules is not called clean.
+ENOUGH: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,11 @@ class Story:
     def first(self) -> Mapping[str, Any]:
         """The finding that opened the episode."""
         return self.findings[0]
+
+    @property
+    def id(self) -> str:
+        """What `explain` and `shrink` call it."""
+        return finding_id(self.run, self.first)
 
     @property
     def severity(self) -> str:
@@ -124,6 +134,15 @@ def code_of(run: Mapping[str, Any], name: str) -> Code | None:
     return next((c for c in codes if c.name == name), None)
 
 
+def finding_id(run: Mapping[str, Any], finding: Mapping[str, Any]) -> str:
+    """The name of a finding's episode, as `explain` and `shrink` take it: `hpet:current:3`.
+
+    Episodes are numbered in the order in which they begin, so a replay of the same dataset under the same policy and
+    thresholds gives the same names, whatever else is replayed or reported with it.
+    """
+    return f"{run['system']}:{run['policy']}:{finding['episode']}"
+
+
 def run_name(run: Mapping[str, Any]) -> str:
     """`hpet, policy current (what-if)`."""
     mode = "" if run["mode"] == "verify" else f" ({run['mode']})"
@@ -142,9 +161,34 @@ def primary(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [r for r in runs if r["mode"] == "verify" or r["system"] not in verified]
 
 
+def _seen(run: Mapping[str, Any]) -> tuple[int, int]:
+    """(rules that could look, rules) of a run."""
+    states = Counter(r["state"] for r in run["coverage"])
+    total = sum(states.values())
+    return total - states["blind"], total
+
+
+def verdict_kind(run: Mapping[str, Any]) -> str:
+    """findings, clean or inconclusive; never clean when most of the rules could not look."""
+    verdict = str(run["verdict"])
+    seen, total = _seen(run)
+    return "inconclusive" if verdict == "clean" and seen < ENOUGH * total else verdict
+
+
+def verdict_words(run: Mapping[str, Any]) -> str:
+    """The verdict of a run with what limits it: such as `clean as far as seen` or `mostly blind`."""
+    kind = verdict_kind(run)
+    seen, total = _seen(run)
+    if run["mode"] != "verify":
+        return {"findings": "findings predicted", "clean": "no divergence predicted"}.get(kind, kind)
+    if kind == "inconclusive" and run["verdict"] == "clean":
+        return "mostly blind"
+    return "clean as far as seen" if kind == "clean" and seen < total else kind
+
+
 def overall(runs: Sequence[Mapping[str, Any]]) -> str:
     """findings, inconclusive or clean, of what happened; a system that could not be judged is never clean."""
-    verdicts = {r["verdict"] for r in primary(runs)}
+    verdicts = {verdict_kind(r) for r in primary(runs)}
     return next((v for v in ("findings", "inconclusive", "clean") if v in verdicts), "inconclusive")
 
 
@@ -178,13 +222,26 @@ def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
             return (
                 "Inconclusive: none of the events that the rules need are in this recording. This is not a clean bill."
             )
-        reason = "some systems could not be judged" if seen else "no rule was evaluated"
-        return f"Inconclusive: {reason}, or gaps cover most of the time. This is not a clean bill.{unseen}"
+        return f"Inconclusive: {_undecided(judged) or 'no rule was evaluated'}. This is not a clean bill.{unseen}"
     remarks = severities(f for _, g in found for f in g)
     extra = f" {count(remarks)} noted." if remarks else ""
     return f"Clean as far as can be seen: no divergence under the {plural(total - blind, 'rule')} that " + (
         f"this recording can decide.{extra}{unseen}"
     )
+
+
+def _undecided(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Which systems could not be judged and why, which could."""
+    parts = []
+    for run in runs:
+        seen, total = _seen(run)
+        if verdict_kind(run) == "clean":
+            parts.append(f"{run['system']} is clean as far as can be seen ({seen} of {total} rules)")
+        elif seen < ENOUGH * total:
+            parts.append(f"{run['system']} could hardly be judged ({seen} of {total} rules could look)")
+        else:
+            parts.append(f"gaps cover most of what {run['system']} needs")
+    return "; ".join(parts)
 
 
 def _inside(sentence: str) -> str:
@@ -200,9 +257,10 @@ def run_summary(run: Mapping[str, Any], times: Times) -> dict[str, Any]:
     found = severities(run["findings"])
     return {
         "system": run["system"], "title": run.get("title", ""), "policy": run["policy"], "mode": run["mode"],
-        "verdict": run["verdict"], "error": found.get("error", 0), "warn": found.get("warn", 0),
-        "info": found.get("info", 0), "checked": states["checked"], "inferred": states["inferred"],
-        "blind": states["blind"], "suppressed": sum((run.get("suppressed") or {}).values()),
+        "verdict": verdict_words(run), "kind": verdict_kind(run), "error": found.get("error", 0),
+        "warn": found.get("warn", 0), "info": found.get("info", 0), "checked": states["checked"],
+        "inferred": states["inferred"], "blind": states["blind"],
+        "suppressed": sum((run.get("suppressed") or {}).values()),
         "worth": reliable(run, -(1 << 62), times, brief=True),
     }  # fmt: skip
 
@@ -281,16 +339,22 @@ def reliable(run: Mapping[str, Any], t_ns: int, times: Times, *, brief: bool = F
     if run["mode"] == "verify":
         return "evidence: what was recorded"
     label, detail = calibration_words(run.get("calibration"))
-    if label.startswith("un"):
-        # The model does not even reproduce what was recorded: whatever it predicts is worth little.
-        return "not evidence, uncalibrated" + (f": {detail}" if detail and not brief else "")
     tail = f", {label}" + (f" ({detail})" if detail and not brief else "")
     horizon = run.get("horizon_ns")
+    if label.startswith("un"):
+        # The model does not even reproduce what was recorded: whatever it predicts is worth little.
+        until = f"; horizon {times.at(horizon)}" if horizon is not None else ""
+        return f"not evidence{tail}{until}"
     if horizon is None:
         return f"prediction{tail}"
     if t_ns <= horizon:
         return f"evidence until {times.at(horizon)}{tail}"
     return f"prediction only: the recording is evidence until {times.at(horizon)}{tail}"
+
+
+def worth(run: Mapping[str, Any], times: Times) -> str:
+    """How far a run's numbers are evidence: horizon, calibration and what it was compared with."""
+    return reliable(run, -1 if run.get("horizon_ns") is not None else 0, times)
 
 
 def calibration_words(calibration: object) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def render(
     if rest:
         out += [f"{plural(len(rest), 'further episode')}:"]
         for story in rest[:LISTED]:
-            text = f"{story.severity}: {story.title}, {times.at(story.first['t_ns'])}"
+            text = f"[{story.id}] {story.severity}: {story.title}, {times.at(story.first['t_ns'])}"
             out += lines(text, width, indent="    ", first="  ")
         if len(rest) > LISTED:
             out += [f"  and {number(len(rest) - LISTED)} more in the JSON output"]
@@ -95,7 +95,7 @@ def _rules(runs: Sequence[Mapping[str, Any]], width: int) -> list[str]:
 def story_lines(story: Story, times: Times, width: int = 72, *, gaps_known: bool = True) -> list[str]:
     """One episode, cleaned and wrapped."""
     first, code = story.first, story.code
-    out = lines(f"[{story.number}] {story.severity.upper()} {story.title}", width, indent="    ", first="")
+    out = lines(f"[{story.id}] {story.severity.upper()} {story.title}", width, indent="    ", first="")
     run = model.run_name(story.run)
     out += lines(
         f"{run}{': predicted by the model, not recorded' if story.predicted else ''}", width, indent="  ", first="  "

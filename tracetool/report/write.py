@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
+from tracetool.report.model import finding_id
 from tracetool.store import Dataset, StoreError
 
-__all__ = ["SUFFIXES", "write_report", "write_whole"]
+__all__ = ["SUFFIXES", "findings_json", "write_report", "write_whole"]
 
 SUFFIXES: Final = (".html", ".txt", ".md", ".json", ".xml")
 
@@ -42,7 +43,15 @@ def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], co
         from tracetool.report import junit
 
         return junit.render(runs, dataset.manifest)
-    return json.dumps({"schema": 1, "manifest": dataset.manifest, "runs": list(runs)}, indent=1) + "\n"
+    return findings_json(dataset, runs)
+
+
+def findings_json(dataset: Dataset, runs: Sequence[Mapping[str, Any]]) -> str:
+    """The whole of the run records with the manifest; each finding under the name that `explain` takes."""
+    named = [
+        {**run, "findings": [{"id": finding_id(run, f), **f} for f in run["findings"]]} for run in runs
+    ]
+    return json.dumps({"schema": 1, "manifest": dataset.manifest, "runs": named}, indent=1) + "\n"
 
 
 def write_whole(output: Path, text: str) -> int:
