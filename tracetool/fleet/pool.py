@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
@@ -70,7 +71,6 @@ def _serve(pipe: Connection) -> None:
 def run_pool(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     """Outcomes as they come. A worker that dies is replaced; its task is tried once more and then reported."""
     waiting = deque(tasks)
-    attempts: dict[str, int] = {}
     jobs = min(jobs, len(tasks))
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
     workers: list[_Worker] = []
@@ -80,25 +80,22 @@ def run_pool(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
                 workers.append(_Worker(threads))
             for worker in workers:
                 if worker.task is None and waiting:
-                    task = waiting.popleft()
-                    attempts[task.name] = attempts.get(task.name, 0) + 1
-                    worker.give(task)
+                    worker.give(waiting.popleft())
             ready = wait([w.pipe for w in workers if w.task])
             for worker in [w for w in workers if w.pipe in ready]:
                 given, outcome = worker.task, _receive(worker)
                 assert given is not None
                 task, worker.task = given, None
                 if outcome is not None:
-                    outcome.row["attempts"] = attempts[task.name]
                     yield outcome
                     continue
                 workers.remove(worker)
                 worker.process.join()
-                if attempts[task.name] < ATTEMPTS:
-                    waiting.append(task)
+                if task.attempt < ATTEMPTS:
+                    waiting.append(replace(task, attempt=task.attempt + 1))
                     continue
                 said = f"its worker died {ATTEMPTS} times, last {_cause(worker.process.exitcode)}"
-                yield Outcome(task.name, failed_row(task, said, ATTEMPTS), None)
+                yield Outcome(task.name, failed_row(task, said), None)
     finally:
         for worker in workers:
             worker.stop()

@@ -40,6 +40,7 @@ class Task:
     job: Job
     digest: str
     content: str | None = None
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,12 @@ def _stored(task: Task, staging: Path, row: dict[str, Any], found: dict[str, lis
     return Outcome(task.name, row, str(staging))
 
 
-def failed_row(task: Task, error: str = "", attempts: int = 1) -> dict[str, Any]:
+def failed_row(task: Task, error: str = "") -> dict[str, Any]:
     """The row of a recording of which nothing is known, but what went wrong."""
     row: dict[str, Any] = dict.fromkeys(tables.SCHEMAS["recordings"].names)
     row.update(
         path=task.path.encode("utf-8", "backslashreplace").decode(), state="crashed", exit_code=exits.INTERNAL,
-        error=error, job=task.digest, attempts=attempts,
+        error=error, job=task.digest, attempts=task.attempt,
     )  # fmt: skip
     return row
 
