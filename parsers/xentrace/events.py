@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from parsers.tables import Column, Table
-from parsers.xentrace import events_hvm, events_hw, events_pv, events_sched
+from parsers.xentrace import events_hvm, events_hw, events_instrumented, events_pv, events_sched
 from parsers.xentrace.layout import NEWEST, OLDEST, Event, Layout, Version
 
 __all__ = ["ALL_EVENTS", "BY_ID", "UNKNOWN", "Form", "candidates", "forms", "sniff_versions"]
 
 ALL_EVENTS: tuple[Event, ...] = (
-    *events_pv.EVENTS, *events_sched.EVENTS, *events_hvm.EVENTS, *events_hw.EVENTS
+    *events_pv.EVENTS, *events_sched.EVENTS, *events_hvm.EVENTS, *events_hw.EVENTS, *events_instrumented.EVENTS
 )  # fmt: skip
 
 #: Records whose id is not declared, or whose word count fits none of the declared forms.

@@ -8,7 +8,7 @@ from typing import Any, Final
 import polars as pl
 import pyarrow as pa
 
-from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_via
+from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_instrumented, xentrace_via
 from replay.binding.base import Assembler, Bound, Context, Records, event, lost_events, slices
 from replay.coverage import Observation
 
@@ -18,6 +18,8 @@ __all__ = ["FORMATS", "bind"]
 FORMATS: Final = ("xentrace", "xenalyze", "xentrace_format")
 
 IDLE_DOMAIN: Final = 0x7FFF
+#: Facts by the first word of the kinds that make them void.
+_SYSTEM_OF: Final = {"hpet": "hpet", "via": "callback", "lapic": "apic"}
 
 
 def bind(records: Records, context: Context) -> Bound:
@@ -33,7 +35,13 @@ def bind(records: Records, context: Context) -> Bound:
         **via.observed,
     }
     facts: dict[str, Any] = {"domains": _domains(records), **hpet.facts, **hvm.facts, **via.facts}
-    return Bound(observed, facts, _batches(records, context, hpet, hvm, via))
+    more = xentrace_instrumented.survey(records, context, hvm.usable)
+    observed.update(more.observed)
+    for system in {kind.partition(".")[0] for kind in more.observed}:
+        if isinstance(facts.get(_SYSTEM_OF.get(system, "")), str):
+            del facts[_SYSTEM_OF[system]]  # why stock records say too little
+    facts.update(more.facts)
+    return Bound(observed, facts, _batches(records, context, hpet, hvm, via, more))
 
 
 def _domains(records: Records) -> dict[str, int]:
@@ -64,15 +72,18 @@ def _batches(
     hpet: xentrace_hpet.Survey,
     hvm: xentrace_hvm.Survey,
     via: xentrace_via.Survey,
+    more: xentrace_instrumented.Survey,
 ) -> Iterator[pa.Table]:
     assembler = Assembler(context.source)
+    instrumented = xentrace_instrumented.Binder(records, more)
     idle = xentrace_hpet.Binder(records, context, hpet)
     virtual = xentrace_hvm.Binder(records, hvm)
     lost = lost_events(context)
     for lo, hi in slices(context.rows):
         lapics = list(virtual.events(lo, hi))
         callback = xentrace_via.of_machine(via, lapics, virtual.entries(lo, hi))
-        frames = [*idle.events(lo, hi), *lapics, *callback, *_runstates(records, lo, hi)]
+        stock = more.theirs([*idle.events(lo, hi), *lapics, *callback])
+        frames = [*stock, *instrumented.events(lo, hi), *_runstates(records, lo, hi)]
         if lo == 0:
             frames.append(lost)
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]
