@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from parsers.open import open_recording
 from parsers.recording import ReadOptions
-from parsers.xentrace.merge import STEPS, hop
+from parsers.xentrace.boundaries import STEPS, hop
 from parsers.xentrace.reader import XentraceReader
 
 __all__ = ["Loop", "loop_of", "main", "parse_size", "pieces"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from parsers.xentrace.merge import GUARD, find_records
+from parsers.xentrace.boundaries import GUARD, MARGIN, find_records
 from parsers.xentrace.windows import Source, Windows
 
 __all__ = ["Fit", "Sample", "fit_clock", "take_sample"]
@@ -96,7 +96,7 @@ def _parse(
     lengths = sizes[group]
     ends = np.cumsum(lengths + GUARD) - GUARD
     starts = ends - lengths
-    words = np.zeros(int(ends[-1]) + GUARD, np.uint32)
+    words = np.zeros(int(ends[-1]) + MARGIN, np.uint32)
     raw = memoryview(words.view(np.uint8))  # type: ignore[arg-type]
     for index, start, length in zip(group, starts.tolist(), lengths.tolist(), strict=True):
         source.read_into(int(windows.offset[index]), raw[4 * start : 4 * (start + length)])

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from parsers.xentrace.boundaries import GUARD, MARGIN, find_records
+from parsers.xentrace.streams import Stream, spikes, streams_of
 from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
-__all__ = ["BATCH_WORDS", "Batch", "Overrun", "batches", "find_records", "hop"]
+__all__ = ["BATCH_WORDS", "Batch", "Overrun", "batches"]
 
 BATCH_WORDS = 2 << 20  #: 8 MiB of words at a time
 MIN_PIECE_WORDS = 1024
-GUARD = max(RECORD_WORDS)  #: words between two windows in the buffer; no record reaches farther
-FEW_LANES = 48  #: below this a plain loop is faster than NumPy stepping through all windows together
-STEPS = bytes(RECORD_WORDS[top >> 4] for top in range(256))  #: record length by the header's top byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,10 @@ class Overrun:
 class Batch:
     """Records in (cpu, place in stream) order; `words[pos]` is a record's header word.
 
-    `key`: sort key; `error`: distance to the CPU's next stamp in ticks (0 if stamped), -1 if unknown;
-    `timed`: False where the CPU has no stamp at all; `back`: stamped below the key.
+    The columns cover all records that were found; `chosen` are the indexes of those that belong to this batch (None:
+    all of them), `count` their number. `tsc` is 0 and `key` the sort key where there is no stamp. Of records without
+    stamp, `late` are the indexes and `late_ticks` the distance to the CPU's next stamp, -1 if unknown. `odd`: indexes
+    of stamped records whose stamp is not their key; `untimed`: True where the CPU has no stamp at all, None if nowhere.
     """
 
     words: NDArray[np.uint32]
@@ -48,84 +49,22 @@ class Batch:
     head: NDArray[np.uint32]
     tsc: NDArray[np.uint64]
     key: NDArray[np.uint64]
-    error: NDArray[np.int64]
     cpu: NDArray[np.uint16]
     offset: NDArray[np.uint64]
+    chosen: NDArray[np.int64] | None
+    count: int
+    late: NDArray[np.int64]
+    late_ticks: NDArray[np.int64]
+    odd: NDArray[np.int64]
     untimed: NDArray[np.bool_] | None
+    last: dict[int, int]  # key of the last record of each CPU
     overruns: list[Overrun]
-    done: int  # bytes of the recording consumed so far
-
-
-def hop(steps: bytes, start: int, end: int) -> tuple[list[int], int]:
-    """Positions of the records in words [start, end), one after the other, and where the last one ends."""
-    found = []
-    at = start
-    while at < end:
-        found.append(at)
-        at += steps[at]
-    return found, at
-
-
-def find_records(
-    words: NDArray[np.uint32], starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of all records in the windows [starts, ends), ascending, and where each window's last one ends.
-
-    Windows are separated by at least `GUARD` words. All windows step together while there are many of them.
-    """
-    raw = bytearray(words.view(np.uint8)[3::4].tobytes().translate(STEPS))
-    steps = np.frombuffer(raw, np.uint8)
-    guards = (ends[:, None] + np.arange(GUARD)).ravel()
-    steps[guards] = 0  # whoever gets here stays
-    mark = np.zeros(len(words), np.bool_)
-    at = starts.copy()
-    lanes = np.arange(len(starts))
-    landed = starts.copy()
-    while len(at) >= FEW_LANES:
-        for _ in range(32):
-            mark[at] = True
-            at += steps[at]
-        running = steps[at] != 0
-        if not running.all():
-            landed[lanes[~running]] = at[~running]
-            at, lanes = at[running], lanes[running]
-    if len(at):
-        plain = bytes(raw)
-        for lane, position in zip(lanes.tolist(), at.tolist(), strict=True):
-            found, landed[lane] = hop(plain, position, int(ends[lane]))
-            mark[found] = True
-    mark[guards] = False
-    return np.flatnonzero(mark), landed
-
-
-#: No stamp, where the lowest of several is wanted.
-NO_STAMP = (1 << 64) - 1
-#: A stamp this far above a later one is damage and not skew (ticks; about 25 s).
-SPIKE_TICKS = np.uint64(1 << 36)
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One CPU's windows and how far they have been given out."""
-
-    cpu: int
-    windows: list[int]  # indexes into Windows
-    floors: list[int]
-    next_stamp: list[int | None]  # first stamp in the windows from here on
-    at: int = 0  # next window
-    start: int = 0  # first word of it that was not given out
-    key: int | None = None  # key of the last record given out
-    floor: int | None = None  # exact key of the next record, once known
-
-    def head(self) -> tuple[int, int] | None:
-        if self.at >= len(self.windows):
-            return None
-        return (self.floors[self.at] if self.floor is None else self.floor), self.cpu
+    done: int  # bytes of the recording consumed by this batch
 
 
 @dataclass(slots=True)
 class _Piece:
-    stream: _Stream
+    stream: Stream
     slot: int  # index into stream.windows
     window: int
     start: int  # first word within the window
@@ -134,57 +73,9 @@ class _Piece:
     place: int = 0  # first word in the buffer
 
 
-def spikes(stamps: NDArray[np.uint64], floor: int, following: int | None) -> NDArray[np.bool_]:
-    """Stamps (0: none) of one CPU that cannot be true: far above later ones which fit what came before.
-
-    `floor` is the last key before them, `following` the first stamp after them if known. A clock that was set back is
-    not a spike: what follows it lies below `floor`, and order of storage is kept. Without this rule one damaged stamp
-    would move all later records of its CPU to the end of time.
-    """
-    if not len(stamps):
-        return np.zeros(0, np.bool_)
-    ahead = np.where(stamps == 0, np.uint64(NO_STAMP), stamps)
-    if following is not None:
-        ahead = np.append(ahead, np.uint64(following))
-    lowest = np.minimum.accumulate(ahead[::-1])[::-1][: len(stamps)]
-    above = stamps > lowest
-    if not above.any():
-        return above
-    above[above] = stamps[above] - lowest[above] > SPIKE_TICKS
-    return above & (lowest >= np.uint64(floor))
-
-
-def _streams(windows: Windows) -> dict[int, _Stream]:
-    streams: dict[int, _Stream] = {}
-    damaged: set[int] = set()
-    for cpu in np.unique(windows.cpu).tolist():
-        mine = np.flatnonzero(windows.cpu == cpu)
-        damaged.update(mine[spikes(windows.first[mine], windows.first_stamp.get(cpu, 0), None)].tolist())
-    order = np.argsort(windows.cpu, kind="stable")
-    for index in order.tolist():
-        cpu = int(windows.cpu[index])
-        stream = streams.get(cpu)
-        if stream is None:
-            stream = streams[cpu] = _Stream(cpu, [], [], [])
-        first = int(windows.first[index]) if index not in damaged else 0
-        before = stream.floors[-1] if stream.floors else windows.first_stamp.get(cpu, 0)
-        stream.windows.append(index)
-        # A window that does not begin with a stamp may continue the one before.
-        stream.floors.append(max(before, first) if windows.leads[index] else before)
-    for stream in streams.values():
-        upcoming: int | None = None
-        stream.next_stamp = [None] * (len(stream.windows) + 1)
-        for slot in range(len(stream.windows) - 1, -1, -1):
-            window = stream.windows[slot]
-            first = int(windows.first[window]) if window not in damaged else 0
-            upcoming = first or upcoming
-            stream.next_stamp[slot] = upcoming
-    return streams
-
-
 def batches(source: Source, windows: Windows, batch_words: int = BATCH_WORDS) -> Iterator[Batch]:
     """All records of all windows in batches: every record of a batch sorts before those of the next."""
-    streams = _streams(windows)
+    streams = streams_of(windows)
     quantum = batch_words
     buffer = np.zeros(0, np.uint32)
     while True:
@@ -198,9 +89,9 @@ def batches(source: Source, windows: Windows, batch_words: int = BATCH_WORDS) ->
         for piece in pieces:
             piece.place = total
             total += piece.words + GUARD
-        if len(buffer) < total:
-            buffer = np.zeros(total, np.uint32)
-        words = buffer[:total]
+        if len(buffer) < total + MARGIN:
+            buffer = np.zeros(total + MARGIN, np.uint32)
+        words = buffer[: total + MARGIN]
         raw = memoryview(words.view(np.uint8))  # type: ignore[arg-type]
         for piece in sorted(pieces, key=lambda piece: piece.window):
             place = 4 * piece.place
@@ -215,7 +106,7 @@ def batches(source: Source, windows: Windows, batch_words: int = BATCH_WORDS) ->
 
 def _choose(
     heads: list[tuple[int, int]],
-    streams: dict[int, _Stream],
+    streams: dict[int, Stream],
     windows: Windows,
     batch_words: int,
     quantum: int,
@@ -260,14 +151,13 @@ def _cut(
         first = np.searchsorted(pos, starts)
         last = np.searchsorted(pos, ends)
     head = words[pos]
-    stamped = head >= 0x80000000
-    low = words[np.minimum(pos + 1, len(words) - 1)]
-    high = words[np.minimum(pos + 2, len(words) - 1)]
-    tsc = low | (high.astype(np.uint64) << np.uint64(32))
-    tsc[~stamped] = 0
+    stamped = head >= np.uint32(0x80000000)
+    bare = np.flatnonzero(~stamped)
+    tsc = _stamps(words, pos)
+    tsc[bare] = 0
     key = np.empty_like(tsc)
 
-    groups: list[tuple[_Stream, int, int]] = []  # pieces [a, b) of each CPU
+    groups: list[tuple[Stream, int, int]] = []  # pieces [a, b) of each CPU
     begin = 0
     for index in range(1, len(pieces) + 1):
         if index == len(pieces) or pieces[index].stream is not pieces[begin].stream:
@@ -279,19 +169,16 @@ def _cut(
     limits = dict.fromkeys((cpu for _, cpu in heads), 0)
     for floor, cpu_number in heads:
         limits[cpu_number] = floor
+    odd: list[NDArray[np.int64]] = []
     for stream, a, b in groups:
         r0, r1 = int(first[a]), int(last[b - 1])
-        if r1 == r0:
-            continue
-        floor = stream.key if stream.key is not None else windows.first_stamp.get(stream.cpu, 0)
-        part = tsc[r0:r1]
-        odd = spikes(part, floor, stream.next_stamp[pieces[b - 1].slot + 1])
-        if odd.any():
-            part = np.where(odd, np.uint64(0), part)
-        np.maximum.accumulate(part, out=key[r0:r1])
-        np.maximum(key[r0:r1], np.uint64(floor), out=key[r0:r1])
+        if r1 > r0:
+            floor = stream.key if stream.key is not None else windows.first_stamp.get(stream.cpu, 0)
+            following = stream.next_stamp[pieces[b - 1].slot + 1]
+            odd.append(r0 + _keys(tsc[r0:r1], stamped[r0:r1], key[r0:r1], floor, following))
     lead = first[fresh]
     key[lead] = key[lead + 1]
+    stamped_after = _next_stamped(bare)
     ready: list[int] = []
     for stream, a, b in groups:
         r0, r1 = int(first[a]), int(last[b - 1])
@@ -306,21 +193,28 @@ def _cut(
         ready.append(r1)
     limit = min(((floor, number) for number, floor in limits.items()), default=None)
 
-    chosen: list[NDArray[np.int64]] = []
+    chosen: list[tuple[int, int]] = []
     overruns: list[Overrun] = []
-    errors: list[NDArray[np.int64]] = []
-    untimed: list[NDArray[np.bool_]] = []
-    given = done = 0
+    late: list[NDArray[np.int64]] = []
+    late_ticks: list[NDArray[np.int64]] = []
+    untimed: NDArray[np.bool_] | None = None
+    latest: dict[int, int] = {}
+    given = 0
     for (stream, a, b), r1 in zip(groups, ready, strict=True):
         r0 = int(first[a])
         cut = r1
         if limit is not None:
             side = "right" if stream.cpu <= limit[1] else "left"
             cut = min(cut, r0 + int(np.searchsorted(key[r0:r1], np.uint64(limit[0]), side)))  # type: ignore[call-overload]
-        chosen.append(np.arange(r0, cut))
         if cut > r0:
-            errors.append(_errors(stream, pieces[b - 1], windows, key, stamped, r0, cut, int(last[b - 1])))
-            untimed.append(np.full(cut - r0, stream.cpu not in windows.first_stamp))
+            chosen.append((r0, cut))
+            some = slice(*np.searchsorted(bare, (r0, cut)).tolist())
+            late.append(bare[some])
+            after = stamped_after[some]
+            late_ticks.append(_lateness(stream, pieces[b - 1], key, bare[some], after, r0, int(last[b - 1])))
+            if stream.cpu not in windows.first_stamp:
+                untimed = np.zeros(len(pos), np.bool_) if untimed is None else untimed
+                untimed[r0:cut] = True
         for index in range(a, b):
             piece = pieces[index]
             if cut < last[index] or not piece.whole:
@@ -339,25 +233,65 @@ def _cut(
                 there = int(windows.offset[piece.window]) + 4 * (piece.start + whole - piece.place)
                 overruns.append(Overrun(stream.cpu, there, 4 * rest))
         if cut > r0:
-            stream.key = int(key[cut - 1])
-    pick = np.concatenate(chosen) if len(chosen) > 1 else chosen[0]
-    if not len(pick) and not overruns:
+            stream.key = latest[stream.cpu] = int(key[cut - 1])
+    count = sum(b - a for a, b in chosen)
+    if not count and not overruns:
         return None, given
     bases = np.array(
         [windows.offset[piece.window] + 4 * (piece.start - piece.place) for piece in pieces], np.int64
     )
     counts = last - first
-    offset = (np.repeat(bases, counts) + 4 * pos).astype(np.uint64)
+    offset = np.repeat(bases, counts)
+    offset += 4 * pos
     cpu = np.repeat(np.array([piece.stream.cpu for piece in pieces], np.uint16), counts)
-    flags = np.concatenate(untimed) if untimed else np.zeros(0, np.bool_)
-    error = np.concatenate(errors) if errors else np.zeros(0, np.int64)
-    if len(pick) == len(pos):
-        done = 4 * given
-        columns = (pos, head, tsc, key, error, cpu, offset)
-    else:
-        done = 4 * given
-        columns = (pos[pick], head[pick], tsc[pick], key[pick], error, cpu[pick], offset[pick])
-    return Batch(words, *columns, flags if flags.any() else None, overruns, done), given
+    picked = None if count == len(pos) else np.concatenate([np.arange(0), *(np.arange(a, b) for a, b in chosen)])
+    none = np.zeros(0, np.int64)
+    strange = np.concatenate([none, *odd])
+    if picked is not None and len(strange):
+        strange = strange[np.isin(strange, picked)]
+    return Batch(
+        words, pos, head, tsc, key, cpu, offset.view(np.uint64), picked, count,
+        np.concatenate([none, *late]), np.concatenate([none, *late_ticks]), strange,
+        untimed, latest, overruns, 4 * given,
+    ), given  # fmt: skip
+
+
+def _stamps(words: NDArray[np.uint32], pos: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The two words after each header as one number."""
+    wide = np.empty((len(pos), 2), np.uint32)
+    wide[:, 0] = words[1:][pos]
+    wide[:, 1] = words[2:][pos]
+    return wide.view(np.uint64)[:, 0]
+
+
+def _keys(
+    tsc: NDArray[np.uint64],
+    stamped: NDArray[np.bool_],
+    key: NDArray[np.uint64],
+    floor: int,
+    following: int | None,
+) -> NDArray[np.int64]:
+    """Fill in the sort keys of a CPU's records; returns which stamps are not their key."""
+    np.maximum.accumulate(tsc, out=key)
+    if int(key[0]) < floor:
+        np.maximum(key, np.uint64(floor), out=key)
+    odd = np.flatnonzero(tsc != key)
+    odd = odd[stamped[odd]]
+    if len(odd) or (following is not None and following < int(key[-1])):
+        bad = spikes(tsc, floor, following)
+        if bad.any():
+            np.maximum.accumulate(np.where(bad, np.uint64(0), tsc), out=key)
+            np.maximum(key, np.uint64(floor), out=key)
+            odd = np.flatnonzero((tsc != key) & stamped)
+    return odd
+
+
+def _next_stamped(bare: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each record without stamp (ascending) the first index after it that is not of such a record."""
+    if not len(bare):
+        return bare
+    ends = np.append(np.flatnonzero(np.diff(bare) != 1), len(bare) - 1)
+    return np.repeat(bare[ends] + 1, np.diff(ends, prepend=-1))
 
 
 def _resume(
@@ -375,33 +309,28 @@ def _resume(
     return at + RECORD_WORDS[int(words[at]) >> 28]
 
 
-def _errors(
-    stream: _Stream,
+def _lateness(
+    stream: Stream,
     tail: _Piece,
-    windows: Windows,
     key: NDArray[np.uint64],
-    stamped: NDArray[np.bool_],
+    bare: NDArray[np.int64],
+    after: NDArray[np.int64],
     r0: int,
-    cut: int,
     end: int,
 ) -> NDArray[np.int64]:
-    """For records [r0, cut) of a CPU: ticks to its next stamp, 0 where stamped, -1 where unknown."""
-    error = np.zeros(cut - r0, np.int64)
-    plain = np.flatnonzero(~stamped[r0:cut])
-    if not len(plain):
-        return error
-    stamps = np.flatnonzero(stamped[r0:end])
-    nearest = np.searchsorted(stamps, plain)
-    known = nearest < len(stamps)
-    upcoming = key[r0 + stamps[np.minimum(nearest, len(stamps) - 1)]] if len(stamps) else key[r0 + plain]
-    gap = (upcoming - key[r0 + plain]).astype(np.int64)
-    later = stream_next = None
-    if tail.whole:
-        stream_next = stream.next_stamp[tail.slot + 1]
-    if stream_next is not None:
-        later = np.maximum(np.uint64(stream_next), key[r0 + plain]) - key[r0 + plain]
-    gap = np.where(known, gap, -1 if later is None else later.astype(np.int64))
-    if stream.key is None:  # before the CPU's first stamp: earlier than the key, nobody knows how much
-        gap[plain < (stamps[0] if len(stamps) else len(stamped))] = -1
-    error[plain] = gap
-    return error
+    """For the records `bare` of a CPU, which have no stamp: ticks to its next stamp, -1 where unknown.
+
+    `after` is the stamped record after each, if below `end`; the CPU's records begin at `r0`.
+    """
+    if not len(bare):
+        return bare
+    own = key[bare]
+    known = after < end
+    gap = (key[np.minimum(after, end - 1)] - own).astype(np.int64)
+    if not known.all():
+        following = stream.next_stamp[tail.slot + 1] if tail.whole else None
+        later = -1 if following is None else (np.maximum(np.uint64(following), own) - own).astype(np.int64)
+        gap = np.where(known, gap, later)
+    if stream.key is None and bare[0] == r0:  # before the CPU's first stamp: nobody knows how much earlier
+        gap[bare < after[0]] = -1
+    return gap

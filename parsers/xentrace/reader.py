@@ -7,6 +7,7 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Table
@@ -112,11 +113,10 @@ class XentraceReader:
         back: dict[int, tuple[int, int]] = {}
         wild: dict[int, tuple[int, int]] = {}
         for batch in batches(self._source, self._windows, self._batch_words):
-            tables = decoder.decode(batch) if len(batch.pos) else {}
-            self.accounting.parsed += int(_lengths(batch).sum())
+            tables = decoder.decode(batch) if batch.count else {}
+            self.accounting.parsed += batch.done - sum(overrun.length for overrun in batch.overruns)
             gaps += self._lost(tables, notes)
-            ends = np.flatnonzero(np.diff(batch.cpu, append=np.uint16(0xFFFF)))
-            self._last.update(zip(batch.cpu[ends].tolist(), batch.key[ends].tolist(), strict=True))
+            self._last.update(batch.last)
             for overrun in batch.overruns:
                 self.accounting.skipped += overrun.length
                 if overrun.offset + overrun.length in self._cut_off:
@@ -126,9 +126,8 @@ class XentraceReader:
                 t0 = self._last.get(overrun.cpu)
                 gaps.append(Gap("overrun", overrun.cpu, t0, None, overrun.offset, overrun.length, text=text))
                 notes.append(self._note("xentrace-overrun", text, overrun.offset, overrun.cpu))
-            stamped = batch.head >= np.uint32(0x80000000)
-            _count(batch, (batch.tsc < batch.key) & stamped, back)
-            _count(batch, (batch.tsc > batch.key) & stamped, wild)
+            _count(batch, batch.odd[batch.tsc[batch.odd] < batch.key[batch.odd]], back)
+            _count(batch, batch.odd[batch.tsc[batch.odd] > batch.key[batch.odd]], wild)
             position += batch.done
             yield Chunk(tables, gaps, notes, min(position, self.accounting.total))
             gaps, notes = [], []
@@ -193,14 +192,8 @@ class XentraceReader:
         return notes
 
 
-def _lengths(batch: Batch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    top = (batch.head >> np.uint32(28)).astype(np.int64)
-    return 4 * (1 + (top & 7) + 2 * (top >> 3))
-
-
-def _count(batch: Batch, odd: np.ndarray[tuple[int], np.dtype[np.bool_]], found: dict[int, tuple[int, int]]) -> None:
+def _count(batch: Batch, places: NDArray[np.int64], found: dict[int, tuple[int, int]]) -> None:
     """Adds to `found` for each CPU: number of odd records, offset of the first."""
-    places = np.flatnonzero(odd)
     for cpu in np.unique(batch.cpu[places]).tolist():
         mine = places[batch.cpu[places] == cpu]
         count, offset = found.get(cpu, (0, int(batch.offset[mine[0]])))

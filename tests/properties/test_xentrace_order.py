@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parsers.xentrace.merge import GUARD, STEPS, find_records, hop
+from parsers.xentrace.boundaries import GUARD, STEPS, find_records, hop
 from tests.recordings.xentrace_tools import Result, hop_file, read, record, window
 from tests.shared import SAMPLES
 
@@ -134,9 +134,28 @@ def test_cpu_without_stamps_has_no_times() -> None:
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=120), st.integers(0, 2**32))
 def test_stepping_together_equals_hopping(lengths: list[int], seed: int) -> None:
     """Any words at all: the lockstep over all windows and the plain loop find the same records."""
+    words = np.random.default_rng(seed).integers(0, 2**32, sum(lengths) + GUARD * len(lengths), np.uint32)
+    check_records(words, lengths)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9000), min_size=1, max_size=4), st.integers(0, 2**32), st.sampled_from([1, 2, 16]))
+def test_long_windows_are_walked_in_stretches(lengths: list[int], seed: int, kinds: int) -> None:
+    """Few kinds of words: chains of records from wrong places then need long to meet the right one, or never do."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 2**32, kinds, np.uint32)[rng.integers(0, kinds, sum(lengths) + GUARD * len(lengths))]
+    check_records(words, lengths)
+
+
+def test_chains_that_never_meet() -> None:
+    """Every word looks like the header of the same length: what begins in a wrong place stays wrong."""
+    words = np.full(20_000 + 2 * GUARD, 0x50021001, np.uint32)
+    check_records(words, [12_001, 7_999])
+
+
+def check_records(words: np.ndarray, lengths: list[int]) -> None:  # type: ignore[type-arg]
     ends = np.cumsum(np.array(lengths, np.int64) + GUARD) - GUARD
     starts = ends - np.array(lengths, np.int64)
-    words = np.random.default_rng(seed).integers(0, 2**32, int(ends[-1]) + GUARD, np.uint32)
     pos, landed = find_records(words, starts, ends)
     steps = words.view(np.uint8)[3::4].tobytes().translate(STEPS)
     expected: list[int] = []
