@@ -199,14 +199,22 @@ def replay(
     raise typer.Exit(commands.replay(_request(target, reading, thresholds, replaying), json=json, fail_on=fail_on))
 
 
-@app.command(epilog="Example:  tracetool report boot.dataset -o report.html")
+@app.command(
+    epilog="Examples:  tracetool report boot.dataset -o report.html   tracetool report boot.xentrace --bundle boot.zip"
+)
 @_grouped
 def report(
     target: Target,
-    output: Annotated[Path, typer.Option("--output", "-o", help="report.html, .txt, .md, .json or .xml (JUnit).")],
     replaying: Given,
     thresholds: Given,
     reading: Given,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="report.html, .txt, .md, .json or .xml (JUnit).")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="OUT.zip: the report in each form, and the records of each finding's window."),
+    ] = None,
     json: Json = False,
     fail_on: FailOn = "never",
 ) -> None:
@@ -214,7 +222,8 @@ def report(
     from tracetool import commands
 
     chosen = {**replaying, "policies": replaying["policies"] or ("current", "proposed")}
-    raise typer.Exit(commands.report(_request(target, reading, thresholds, chosen), output, json=json, fail_on=fail_on))
+    request = _request(target, reading, thresholds, chosen)
+    raise typer.Exit(commands.report(request, output, bundle, json=json, fail_on=fail_on))
 
 
 @app.command(epilog="Examples:  tracetool explain hpet-wrong-cpu   tracetool explain boot.dataset hpet:current:3")

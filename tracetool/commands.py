@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tracetool.ingest import IngestOptions
 from tracetool.ingest import ingest as run_ingest
 from tracetool.request import Request, check_severity, exit_code, open_dataset, replayed, say_damage
 from tracetool.results import contract, run_record
+from tracetool.store import Dataset
 
 __all__ = ["codes", "explain", "info", "ingest", "recipe", "replay", "report", "selftest"]
 
@@ -59,7 +61,7 @@ def replay(request: Request, *, json: bool, fail_on: str) -> int:
         from tracetool.report import console
 
         terminal.show(console.render(runs, dataset.manifest, target=request.target))
-    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged")))
+    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged")), asked=bool(request.systems))
 
 
 def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
@@ -87,20 +89,45 @@ def _replay_scenario(request: Request, *, json: bool, fail_on: str) -> int:
     return exit_code(runs, fail_on, damaged=False)
 
 
-def report(request: Request, output: Path, *, json: bool, fail_on: str) -> int:
+def report(request: Request, output: Path | None, bundle: Path | None, *, json: bool, fail_on: str) -> int:
     """`tracetool report`."""
-    from tracetool.report.write import write_report
+    from tracetool.report.bundle import write_bundle
+    from tracetool.report.write import check_suffix, write_report
 
     check_severity(fail_on)
+    for path in filter(None, (output, bundle)):
+        check_suffix(path, bundle=path is bundle)
+    if output is None and bundle is None:
+        raise UsageError("where to? give -o report.html, or --bundle OUT.zip")
     settings = request.settings()
     dataset = open_dataset(request.target, request.options)
     runs = replayed(dataset, settings)
-    size = write_report(dataset, runs, output, command=request.options.command)
+    command = request.options.command
+    sizes = {}
+    if output is not None:
+        sizes[output] = write_report(dataset, runs, output, command=command)
+    if bundle is not None:
+        sizes[bundle] = write_bundle(dataset, runs, bundle, command=command, near=_near(request.target, dataset))
     if json:
-        print(jsonlib.dumps({"schema": 1, "output": str(output), "bytes": size, "verdicts": _verdicts(runs)}))
+        written = {"bundle": str(bundle)} if bundle is not None else {}
+        first, size = next(iter(sizes.items()))
+        done = {"schema": 1, "output": str(first), "bytes": size, **written, "verdicts": _verdicts(runs)}
+        print(jsonlib.dumps(done))
     else:
-        print(f"{output}  {size / 1e6:.1f} MB")
-    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged"))) if fail_on != "never" else 0
+        for path, size in sizes.items():
+            print(f"{terminal.clean(str(path))}  {size / 1e6:.1f} MB")
+    if fail_on == "never":
+        return exits.CLEAN
+    return exit_code(runs, fail_on, damaged=bool(dataset.manifest.get("damaged")), asked=bool(request.systems))
+
+
+def _near(target: str, dataset: Dataset) -> list[Path]:
+    """Files that may be the recordings of a dataset: what was given now, what its ingest was given."""
+    try:
+        given = shlex.split(str(dataset.manifest.get("command", "")))
+    except ValueError:
+        given = []
+    return [Path(target), *(Path(word) for word in given)]
 
 
 def _verdicts(runs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -128,13 +128,15 @@ def replayed(dataset: Dataset, settings: Settings) -> list[dict[str, Any]]:
         return replay_dataset(dataset, settings, bar)
 
 
-def exit_code(runs: Sequence[Mapping[str, Any]], fail_on: str, *, damaged: bool) -> int:
-    """Exit code of a replay: findings first, then damage, then ignorance."""
+def exit_code(runs: Sequence[Mapping[str, Any]], fail_on: str, *, damaged: bool, asked: bool = True) -> int:
+    """Exit code of a replay: findings first, then damage, then ignorance. A system that was not asked for by name and
+    that the recording hardly shows (`seen`) counts only when there is no other."""
     found = worst(runs)
     if fail_on != "never" and found is not None and SEVERITIES.index(found) <= SEVERITIES.index(fail_on):
         return exits.FINDINGS
     if damaged:
         return exits.UNREADABLE
-    if not runs or any(r["verdict"] == "inconclusive" for r in runs):
+    judged = runs if asked else [r for r in runs if (r.get("seen") or {}).get("state") in (None, "full", "partial")]
+    if not judged or any(r["verdict"] == "inconclusive" for r in judged):
         return exits.INCONCLUSIVE
     return exits.CLEAN

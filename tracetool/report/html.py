@@ -21,15 +21,14 @@ from tracetool.report.compare import comparison
 from tracetool.report.figures import finding_lanes
 from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
-from tracetool.report.timeline import Window, meanings, window
+from tracetool.report.timeline import Window, meanings
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
+from tracetool.report.window import STORIES, view_of
 from tracetool.store import Dataset
 
-__all__ = ["CHART_BYTES", "STORIES", "render"]
+__all__ = ["CHART_BYTES", "render"]
 
-#: Episodes told in full; the others get a line in a table. Time and size grow with each.
-STORIES: Final = 24
-#: Lines of that table, and occurrences listed for one episode.
+#: Lines of the table of episodes that are not told in full, and occurrences listed for one episode.
 LISTED: Final = 250
 OCCURRENCES: Final = 60
 #: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
@@ -175,20 +174,10 @@ def _detail(
     place: Place,
 ) -> dict[str, Any]:
     """One episode with its window, chart and occurrences."""
-    first = story.first
-    moments = [first["t_ns"], *(s.t_ns for s in story.steps)]
-    if first.get("t_first_ns") is not None:
-        moments.append(first["t_first_ns"])
-    if len(story.findings) > 1:
-        # As many occurrences as lie near the first: the episode's rhythm is part of the story.
-        near = max(max(moments) - min(moments), 1_000_000) * 4
-        moments += [f["t_ns"] for f in story.findings[1:8] if f["t_ns"] - first["t_ns"] <= near]
-    low, high = min(moments), max(moments)
-    margin = max((high - low) // 3, 50_000)
     view: Window | None = None
     chart: Chart | None = None
     if events is not None:
-        view = window(events, first["t_ns"], low - margin, high + margin, gaps, times)
+        view = view_of(events, story, gaps, times)
         chart = story_chart(story, view, gaps, times)
         fits = figures.add(chart)
         if fits is None:

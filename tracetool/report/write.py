@@ -12,18 +12,24 @@ from replay.declare import UsageError
 from tracetool.report.model import finding_id
 from tracetool.store import Dataset, StoreError
 
-__all__ = ["SUFFIXES", "findings_json", "write_report", "write_whole"]
+__all__ = ["SUFFIXES", "check_suffix", "findings_json", "write_report", "write_whole"]
 
 SUFFIXES: Final = (".html", ".txt", ".md", ".json", ".xml")
 
 
 def write_report(dataset: Dataset, runs: Sequence[Mapping[str, Any]], output: Path, *, command: str = "") -> int:
     """Render the runs and write them to `output`; returns the size in bytes. UsageError for an unknown suffix."""
-    suffix = output.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(f"{output}: a report ends in one of {', '.join(SUFFIXES)}")
-    text = _render(suffix, dataset, runs, command)
+    check_suffix(output)
+    text = _render(output.suffix.lower(), dataset, runs, command)
     return write_whole(output, text)
+
+
+def check_suffix(output: Path, *, bundle: bool = False) -> None:
+    """UsageError unless a report, or a bundle of reports, is called what it is; better before minutes of work."""
+    if bundle and output.suffix.lower() != ".zip":
+        raise UsageError(f"{output}: a bundle ends in .zip")
+    if not bundle and output.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{output}: a report ends in one of {', '.join(SUFFIXES)}")
 
 
 def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str) -> str:
