@@ -6,13 +6,13 @@ concluded from other records, and `blind` when one is missing. A blind rule neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from replay.declare import Code, System
 
-__all__ = ["CHECKED_FROM", "Coverage", "Observation", "coverage"]
+__all__ = ["CHECKED_FROM", "Coverage", "Observation", "Sight", "coverage", "sight"]
 
 #: Confidence (0..100) from which an event counts as recorded rather than inferred (spec M: A = 100, B = 80, C = 50).
 CHECKED_FROM: Final = 80
@@ -33,6 +33,55 @@ class Coverage:
     rule: str
     state: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How much of a system a recording shows, over all its rules.
+
+    `state` is "full" (no rule is blind), "partial", "inconclusive" (the key rules, those declared as errors, are all
+    blind: finding nothing says nothing of a broken property) or "blind" (no rule can be decided).
+    """
+
+    state: str
+    checked: int
+    inferred: int
+    blind: int
+    key_blind: tuple[str, ...]
+
+    @property
+    def decides(self) -> bool:
+        """Whether "nothing found" may be called clean."""
+        return self.state in ("full", "partial")
+
+    def words(self, findings: int = 0) -> str:
+        """One sentence: what the silence of the rules is worth."""
+        total = self.checked + self.inferred + self.blind
+        seen = total - self.blind
+        if not seen:
+            return f"none of the {total} rules could be seen"
+        found = "nothing found" if not findings else f"{findings} findings"
+        rest = f"; the other {self.blind} could not be seen" if self.blind else ""
+        key = ", among them every rule for an error" if self.state == "inconclusive" else ""
+        guess = f", {self.inferred} of them inferred" if self.inferred else ""
+        return f"{found} by {seen} of {total} rules{guess}{rest}{key}"
+
+
+def sight(system: System, rules: Sequence[Coverage]) -> Sight:
+    """Sum of the coverage of a system's rules; without any (a scenario) everything is there."""
+    states = {c.rule: c.state for c in rules} or {code.name: "checked" for code in system.codes}
+    checked, inferred, blind = (
+        sum(s == state for s in states.values()) for state in ("checked", "inferred", "blind")
+    )
+    key = [code.name for code in system.codes if code.severity == "error"]
+    key_blind = tuple(name for name in key if states.get(name) == "blind")
+    if blind == len(states):
+        state = "blind"
+    elif key and len(key_blind) == len(key):
+        state = "inconclusive"
+    else:
+        state = "partial" if blind else "full"
+    return Sight(state, checked, inferred, blind, key_blind)
 
 
 def coverage(system: System, observed: Mapping[str, Observation]) -> list[Coverage]:

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from replay.coverage import sight
 from replay.declare import Code, Parameter
 from tracetool.ingest import Ingested
+from tracetool.results import sight_document
 from tracetool.store import Dataset
 from tracetool.terminal import clean
 
@@ -115,6 +117,7 @@ def info_document(dataset: Dataset) -> dict[str, Any]:
     from tracetool.replaying import blind_share, rules_of
 
     m = dataset.manifest
+    rules = {name: rules_of(dataset, system) for name, system in SYSTEMS.items()}
     return {
         "schema": 1,
         "dataset": str(dataset.path),
@@ -131,9 +134,9 @@ def info_document(dataset: Dataset) -> dict[str, Any]:
         "notes": _note_counts(dataset.notes()),
         "facts": m["facts"],
         "systems": {
-            name: [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in rules_of(dataset, system)]
-            for name, system in SYSTEMS.items()
+            name: [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in of] for name, of in rules.items()
         },
+        "seen": {name: sight_document(sight(SYSTEMS[name], of)) for name, of in rules.items()},
     }
 
 
@@ -188,7 +191,7 @@ def info_text(dataset: Dataset) -> str:
         lines.append(f"  {sum(c for _, c in top[16:]):>12,}  in {len(top) - 16} other kinds")
     lines += ["", "what can be checked"]
     for name, rules in d["systems"].items():
-        lines.extend(_coverage_lines(name, rules, d["facts"].get(name)))
+        lines.extend(_coverage_lines(name, rules, d["facts"].get(name), d["seen"][name]["state"]))
     loud = [n for n in dataset.notes() if n["severity"] != "info"]
     if loud:
         lines += ["", "notes", *(f"  {n['severity']}: {clean(n['text'])} (offset {n['offset']})" for n in loud[:12])]
@@ -206,11 +209,13 @@ def _gaps(document: Mapping[str, Any]) -> str:
     return f"{len(gaps)}: {_gap_summary(gaps)}; {document['blind_share']:.2%} of the time" if gaps else "none"
 
 
-def _coverage_lines(name: str, rules: Sequence[Mapping[str, str]], why: Any) -> list[str]:
+def _coverage_lines(name: str, rules: Sequence[Mapping[str, str]], why: Any, state: str) -> list[str]:
     states = {s: [r for r in rules if r["state"] == s] for s in ("checked", "inferred", "blind")}
     counted = ", ".join(f"{len(v)} {k}" for k, v in states.items() if v)
     reason = f"  ({why})" if isinstance(why, str) else ""
     lines = [f"  {name:<9} {counted}{reason}"]
+    if state == "inconclusive":
+        lines.append("            no rule for an error can be decided: finding nothing will not mean clean")
     if states["checked"] or states["inferred"]:
         for state in ("checked", "inferred", "blind"):
             if states[state]:
