@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parsers.ftrace.arrays import Array
-from parsers.ftrace.layouts import Fast, Layout, detect, fixed_columns
+from parsers.ftrace.layouts import FEWEST_LINES, MOST_TEMPLATES, Fast, Layout, Lines, detect, fixed_columns
 
 __all__ = ["Records", "Scan", "classify"]
 
@@ -22,6 +22,7 @@ GRAPH = re.compile(
     re.S,
 )
 SWITCH = re.compile(rb" *\d{1,5}\) .{1,60} => .*", re.S)
+DISTANCE = re.compile(rb"\(\+?-?\d{1,20}\) +")
 SHORTEST = 12  #: no event line is shorter
 PREFIX = 400  #: bytes of a line that patterns look at; the rest can only be payload
 
@@ -31,13 +32,11 @@ class Records:
     """Columns of records as NumPy arrays, in line order; -1 = not shown. Starts are byte positions in the batch."""
 
     row: Array
-    comm: Array
-    comm_size: Array
+    comm: Array  # index into `Scan.comms`
     pid: Array
     tgid: Array
     cpu: Array
-    flags: Array
-    flags_size: Array
+    word: Array  # index into `Scan.words`
     stamp: Array
     stamped: Array
     rest: Array
@@ -45,23 +44,36 @@ class Records:
     duration: Array  # ns, function_graph; -1 none
     graph: Array  # True: a line of function_graph that is a call, not an event
 
+    def chosen(self, which: Array | slice) -> Records:
+        """Some of the records."""
+        return Records(*(getattr(self, name)[which] for name in Records.__slots__))
+
+
+class Codes(dict[bytes, int]):
+    """Numbers for byte strings, given out in the order in which they are first seen."""
+
+    def __missing__(self, key: bytes) -> int:
+        self[key] = len(self)
+        return self[key]
+
 
 @dataclass(slots=True)
 class Scan:
-    """What a batch holds besides records. Rows are line indices."""
+    """What a batch holds besides records. Rows are line indices; `comms` and `words` number task names, flag words."""
 
     records: Records
     stacks: Array
+    comms: Codes = field(default_factory=Codes)
+    words: Codes = field(default_factory=Codes)
     unknown: list[int] = field(default_factory=list)
     lost: list[tuple[int, int, int | None]] = field(default_factory=list)  # row, cpu, count
     started: list[tuple[int, int]] = field(default_factory=list)  # row, cpu
     overwritten: list[tuple[int, int]] = field(default_factory=list)  # row, count
 
 
-def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int) -> tuple[int, ...] | None:
-    """One line by pattern: positions relative to its start, in the order of `Records` from comm to rest."""
-    head = line[:PREFIX]
-    found = detect(head, layouts)
+def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int, scan: Scan) -> tuple[int, ...] | None:
+    """One line by pattern: where comm begins, the columns of `Records` from comm to stamp, where the rest begins."""
+    found = detect(line, layouts)
     if found is None:
         return None
     _, match = found
@@ -77,32 +89,30 @@ def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int) -> tuple[int, ...]
     leader = int(tgid) if tgid and tgid.strip().isdigit() else -1
     if thread:
         leader, pid = pid, int(thread)
-    comm, size = match.start("comm"), len(match["comm"])
     if pid > 0x7FFFFFFF or leader > 0x7FFFFFFF or int(match["cpu"]) > 0xFFFF:
         return None
-    rest = match.start("rest")
-    word = (match.start("flags"), len(flags)) if flags else (-1, 0)
-    return comm, size, pid, leader, int(match["cpu"]), *word, value, rest
+    word = scan.words[flags] if flags else -1
+    comm = scan.comms[match["comm"]]
+    return match.start("comm"), comm, pid, leader, int(match["cpu"]), word, value, match.start("rest")
 
 
 def classify(
-    data: Array, raw: bytes, starts: Array, ends: Array, fast: Fast | None, layouts: tuple[Layout, ...], dot: int
+    data: Array, raw: bytes, starts: Array, ends: Array, templates: list[Fast], layouts: tuple[Layout, ...], dot: int
 ) -> tuple[Scan, dict[int, bytes]]:
-    """Sort the lines [starts, ends) of `raw` (`data` is its array); also the instance name by row, if shown."""
-    if fast is not None:
-        lines, done = fixed_columns(data, starts, ends, fast)
-    else:
-        done = np.zeros(starts.size, dtype=bool)
-        lines = None
-    size = ends - starts
-    stack = ~done & (size > 3) & (data[starts] == 32) & (data[starts + 1] == 61) & (data[starts + 2] == 62)
-    report_stack = ~done & (size > 3) & (data[starts] == 61) & (data[starts + 1] == 62) & (data[starts + 2] == 32)
-    stack |= report_stack
-    open_rows = np.flatnonzero(~done & ~stack & (size > 0)).tolist()
-    scan = Scan(_empty(), np.flatnonzero(stack))
+    """Sort the lines [starts, ends) of `raw` (`data` is its array); also the instance name by row, if shown.
+
+    `templates` grows by the column layouts that are met.
+    """
+    scan = Scan(_empty(), np.zeros(0, dtype=np.int64))
+    parts, left = _in_columns(data, raw, starts, ends, templates, layouts, dot, scan)
+    first, second, third = (data[starts[left] + place] for place in range(3))
+    long = ends[left] - starts[left] > 3
+    # " =>" of the kernel, "=> " of trace-cmd
+    stack = long & (((first == 32) & (second == 61) & (third == 62)) | ((first == 61) & (second == 62) & (third == 32)))
+    scan.stacks = left[stack]
     slow: list[tuple[int, ...]] = []
     sources: dict[int, bytes] = {}
-    for row in open_rows:
+    for row in left[~stack & (ends[left] > starts[left])].tolist():
         begin, end = int(starts[row]), int(ends[row])
         line = raw[begin : min(end, begin + PREFIX)]
         if line[:1] == b"#":
@@ -117,51 +127,111 @@ def classify(
             if not QUIET.fullmatch(line):
                 scan.unknown.append(row)
             continue
-        found = _slow(line, layouts, dot)
+        found = _slow(line, layouts, dot, scan)
         if found is not None:
-            flags = begin + found[5] if found[5] >= 0 else -1
-            shown = (row, begin + found[0], *found[1:5], flags, *found[6:8], 1, begin + found[8], end, -1, 0)
-            slow.append(shown)
-            if b": " in line[: found[0] + 1]:
+            comm_at, *shown, rest = found
+            slow.append((row, *shown, 1, begin + rest, end, -1, 0))
+            if b": " in line[: comm_at + 1]:
                 sources[row] = line.split(b":", 1)[0]
             continue
         graph = GRAPH.fullmatch(line)
         if graph is not None and int(graph["cpu"]) <= 0xFFFF:
-            slow.append(_graph(graph, row, begin, end))
+            slow.append(_graph(graph, row, begin, end, scan))
             continue
         lost = LOST.match(line)
         if lost is not None:
             scan.lost.append((row, int(lost[1]), int(lost[2]) if lost[2] else None))
         elif not QUIET.fullmatch(line) and not SWITCH.fullmatch(line):
             scan.unknown.append(row)
-    parts = []
-    if lines is not None:
-        count = lines.row.size
-        sixteen, none = np.full(count, 16), np.full(count, -1)
-        width = np.full(count, fast.flags if fast else 0)
-        one, zero = np.ones(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        parts.append(
-            [lines.row, lines.comm, sixteen, lines.pid, lines.tgid, lines.cpu, lines.flags, width, lines.stamp, one,
-             lines.rest, ends[lines.row], none, zero]
-        )  # fmt: skip
     if slow:
         table = np.array(slow, dtype=np.int64)
         parts.append([table[:, i] for i in range(table.shape[1])])
     if parts:
-        merged = [np.concatenate([part[i] for part in parts]) for i in range(14)] if len(parts) > 1 else parts[0]
+        count = len(Records.__slots__)
+        merged = [np.concatenate([part[i] for part in parts]) for i in range(count)] if len(parts) > 1 else parts[0]
         if len(parts) > 1:
             order = np.argsort(merged[0], kind="stable")
             merged = [values[order] for values in merged]
-        merged[9], merged[13] = merged[9].astype(bool), merged[13].astype(bool)
-        scan.records = Records(*merged)
+        records = Records(*merged)
+        records.stamped, records.graph = records.stamped.astype(bool), records.graph.astype(bool)
+        scan.records = records
     return scan, sources
 
 
-def _graph(match: re.Match[bytes], row: int, begin: int, end: int) -> tuple[int, ...]:
+def _in_columns(
+    data: Array,
+    raw: bytes,
+    starts: Array,
+    ends: Array,
+    templates: list[Fast],
+    layouts: tuple[Layout, ...],
+    dot: int,
+    scan: Scan,
+) -> tuple[list[list[Array]], Array]:
+    """Columns of the lines that fit a template, and the other lines; learns templates while many lines fit none."""
+    parts, left, tried = [], np.arange(starts.size), 0
+    for _ in range(MOST_TEMPLATES):
+        if tried == len(templates):
+            learned = _learn(raw, starts, ends, left, templates, layouts, dot) if left.size >= FEWEST_LINES else None
+            if learned is None:
+                break
+            templates.append(learned)
+        fast, tried = templates[tried], tried + 1
+        lines, left = fixed_columns(data, starts, ends, left, fast)
+        if lines is not None:
+            parts.append(_columns(raw, ends, lines, fast, scan))
+    return parts, left
+
+
+def _learn(
+    raw: bytes,
+    starts: Array,
+    ends: Array,
+    left: Array,
+    templates: list[Fast],
+    layouts: tuple[Layout, ...],
+    dot: int,
+) -> Fast | None:
+    """A template from a line in the middle of those that fit none."""
+    for place in (left.size // 2, left.size // 4, 3 * left.size // 4):
+        row = int(left[place])
+        found = detect(raw[int(starts[row]) : min(int(ends[row]), int(starts[row]) + PREFIX)], layouts)
+        fast = Fast.learn(*found) if found is not None else None
+        if fast is not None and fast not in templates and fast.dot == dot:
+            return fast
+    return None
+
+
+def _columns(raw: bytes, ends: Array, lines: Lines, fast: Fast, scan: Scan) -> list[Array]:
+    """The columns of `Records`, in their order."""
+    rows = lines.row.size
+    task = np.array(
+        [
+            (scan.comms[m[1]], int(m[2]), int(m[3]) if m[3] and m[3].strip().isdigit() else -1, int(m[4]))
+            for m in lines.heads
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 4)
+    none = np.full(rows, -1)
+    word = np.array([scan.words[word] for word in lines.words], dtype=np.int64)[lines.word] if fast.flags else none
+    rest, end = lines.rest, ends[lines.row]
+    if fast.layout.pads:
+        # --ts-diff puts the distance from the record before between time and name
+        for row in np.flatnonzero(np.frombuffer(raw, dtype=np.uint8)[np.minimum(rest, len(raw) - 1)] == 40).tolist():
+            match = DISTANCE.match(raw, int(rest[row]), int(end[row]))
+            rest[row] = match.end() if match else rest[row]
+    one, zero = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)
+    return [
+        lines.row, *(np.ascontiguousarray(task[:, i])[lines.head] for i in range(4)), word, lines.stamp, one,
+        rest, end, none, zero,
+    ]  # fmt: skip
+
+
+def _graph(match: re.Match[bytes], row: int, begin: int, end: int, scan: Scan) -> tuple[int, ...]:
     """A function_graph line; an event in a comment becomes a record of its own, without a stamp unless one is shown."""
     shown = match["abs"]
     stamp = int(shown.replace(b".", b"")) if shown else 0
-    comm = begin + match.start("comm") if match["comm"] else -1
+    comm = scan.comms[match["comm"] or b""]
     pid = int(match["pid"]) if match["pid"] else -1
     duration = -1
     if match["dur"]:
@@ -175,8 +245,8 @@ def _graph(match: re.Match[bytes], row: int, begin: int, end: int) -> tuple[int,
         end = end - 3 if text.endswith(b" */") and end - begin <= PREFIX else end
         is_call = 0
     return (
-        row, comm, len(match["comm"] or b""), min(pid, 0x7FFFFFFF), -1, int(match["cpu"]), -1, 0, stamp,
-        int(bool(shown)), rest, end, duration, is_call,
+        row, comm, min(pid, 0x7FFFFFFF), -1, int(match["cpu"]), -1, stamp, int(bool(shown)), rest, end, duration,
+        is_call,
     )  # fmt: skip
 
 

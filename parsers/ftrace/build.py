@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from itertools import pairwise
 
@@ -10,15 +9,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from parsers.ftrace.arrays import Array, binary, constant, dictionary, nulls, plain
+from parsers.ftrace.arrays import Array, constant, dictionary, nulls, plain
 from parsers.ftrace.batch import Records, Scan
 from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.ftrace.flags import decode_flags
 from parsers.ftrace.layouts import Layout
 from parsers.ftrace.notes import note
-from parsers.ftrace.payload import TEXT, Payload, Payloads
-from parsers.ftrace.quick import Rows
-from parsers.ftrace.swar import Text
+from parsers.ftrace.payload import TEXT, Built, Payload, Payloads
+from parsers.ftrace.rests import Rests, split
 from parsers.recording import ClockModel, Note, ReadOptions
 from parsers.tables import Column, Table
 
@@ -54,10 +52,14 @@ FIXED = {
         ),
     )
 }
-NAME = re.compile(rb"([A-Za-z_][\w.-]*)(?:\+0x[0-9a-f]+/0x[0-9a-f]+)?(?: <[0-9a-f]+>)?")
 #: Records whose text may hold newlines, so that stray lines after them are theirs.
 MARKERS = frozenset({"tracing_mark_write", "print", "bprint", "bputs", "0"})
-LONGEST_NAME = 128
+
+
+def _taken(columns: list[pa.Array], rows: Array) -> list[pa.Array]:
+    """Some rows of all columns, in one call."""
+    names = [str(number) for number in range(len(columns))]
+    return list(pa.RecordBatch.from_arrays(columns, names=names).take(pa.array(rows)).columns)
 
 
 class Builder:
@@ -101,153 +103,121 @@ class Builder:
         records = scan.records
         if not records.row.size:
             return {}, scan.unknown
-        names, codes, payload_start = self._names(data, text, records)
-        records, codes, payload_start, names, strays = self._continue(
-            scan, records, codes, payload_start, names, starts, ends
-        )
+        rests = split(data, records, self._layout.pads)
+        code = rests.code[rests.index]
+        strays = scan.unknown
+        owners = self._owners(scan, code, rests.names) if strays else None
+        if owners is not None:
+            added, of, strays = owners
+            records, continued = self._continued(records, added, of, starts, ends)
+            rests = split(data, records, self._layout.pads)
+            code = rests.code[rests.index]
+            code[continued] = rests.number("(continued)")
+        if records.graph.any():
+            code[records.graph] = rests.number("funcgraph")
         if self._options.only:
-            wanted = np.isin(codes, [number for number, name in enumerate(names) if name in self._options.only])
-            records = Records(*(getattr(records, name)[wanted] for name in Records.__slots__))
-            codes, payload_start = codes[wanted], payload_start[wanted]
+            wanted = np.isin(code, [n for n, name in enumerate(rests.names) if name in self._options.only])
+            records, code, rests.index = records.chosen(wanted), code[wanted], rests.index[wanted]
             if not records.row.size:
                 return {}, strays
-        count = records.row.size
-        order = np.argsort(codes, kind="stable")
-        text8 = Text(data)
-        payload = self._payload_rows(data, text, payload_start, records.end, order, text8)
+        small = np.uint16 if len(rests.names) < 1 << 16 else np.int64
+        order = np.argsort(code.astype(small), kind="stable")
         numbers = line + (records.row if kept is None else kept[records.row])
-        common = self._common(data, records, sources, numbers, order)
-        edges = np.flatnonzero(np.diff(codes[order], prepend=-1, append=-1)).tolist()
-        parts: dict[str, list[pa.Table]] = {}
-        for begin, end in pairwise(edges):
-            name = names[int(codes[order[begin]])]
-            self.counts[name] = self.counts.get(name, 0) + end - begin
-            shared = [values.slice(begin, end - begin) for values in common]
-            group = Payload(payload.part(begin, end), text)
-            if name in FIXED and name != TEXT.name:
-                table = self._fixed(name, shared, group, records, order[begin:end], scan, text, starts, ends)
-                parts.setdefault(name, []).append(table)
-                continue
-            built, rest = self._payloads.decode(name, group) if name[0] != "(" else ([], np.arange(end - begin))
-            for rows, columns in built:
-                parts.setdefault(name, []).append(self._typed(name, shared, rows, columns, end - begin))
-            if rest.size:
-                if name[0] != "(":
-                    self._as_text[name] += rest.size
-                parts.setdefault(TEXT.name, []).append(self._text(name, shared, group, rest))
+        common = self._common(scan, records, sources, numbers, order)
+        tables = self._grouped(rests, code, order, common, records, scan, text, starts, ends)
         cpus, last = np.unique(records.cpu[::-1], return_index=True)
+        count = records.row.size
         self._last_seq.update(zip(cpus.tolist(), (self._seq + count - 1 - last).tolist(), strict=True))
         self._seq += count
-        return {name: self._joined(tables) for name, tables in parts.items()}, strays
+        return tables, strays
 
-    @staticmethod
-    def _joined(tables: list[pa.Table]) -> pa.Table:
-        if len(tables) == 1:
-            return tables[0]
-        table = pa.concat_tables(tables).unify_dictionaries()
-        return table.take(np.argsort(table["seq"].to_numpy(), kind="stable"))
-
-    def _names(self, data: Array, text: bytes, records: Records) -> tuple[list[str], Array, Array]:
-        """Event names, the name's number for each record, and where its payload starts."""
-        rest, end = records.rest, records.end
-        colon = Text(data).find(58, rest, end)
-        size = np.where((colon < end) & (colon - rest <= LONGEST_NAME), colon - rest, 0)
-        coded = binary(data, rest, size).dictionary_encode()
-        codes = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        names: list[str] = []
-        number: dict[str, int] = {}
-
-        def code(name: str) -> int:
-            if name not in number:
-                number[name] = len(names)
-                names.append(name)
-            return number[name]
-
-        mapping = []
-        for raw in coded.dictionary.to_pylist():
-            match = NAME.fullmatch(raw)
-            name = "tracing_mark_write" if raw == b"0" else match[1].decode() if match else ""
-            mapping.append(code(name) if name else -1)
-        codes = np.array(mapping, dtype=np.int64)[codes]
-        start = np.minimum(colon + 1, end)
-        blank = data[start] == 32
-        start = np.minimum(start + blank, end)
-        if self._layout.pads:
-            for _ in range(40):
-                more = (data[start] == 32) & (start < end)
-                if not more.any():
-                    break
-                start += more
-        codes = np.where(records.graph, code("funcgraph"), codes)
-        start = np.where(records.graph, rest, start)
-        odd = (codes < 0) | np.isin(codes, [number.get(n, -9) for n in ("kernel_stack", "user_stack")])
-        for index in np.flatnonzero(odd).tolist():
-            line = text[int(rest[index]) : min(int(end[index]), int(rest[index]) + 400)]
-            start[index] = rest[index]
-            if b"<stack trace" in line:
-                codes[index] = code("kernel_stack")
-            elif b"<user stack trace" in line:
-                codes[index] = code("user_stack")
-            elif re.fullmatch(rb"\S+ +<-\S+", line.strip()):
-                codes[index] = code("function")
-            else:
-                codes[index] = code("(no name)")
-        return names, codes, start
-
-    @staticmethod
-    def _continue(
-        scan: Scan,
+    def _grouped(
+        self,
+        rests: Rests,
+        code: Array,
+        order: Array,
+        common: list[pa.Array],
         records: Records,
-        codes: Array,
-        start: Array,
-        names: list[str],
+        scan: Scan,
+        text: bytes,
         starts: Array,
         ends: Array,
-    ) -> tuple[Records, Array, Array, list[str], list[int]]:
-        """Stray lines right after a marker become records '(continued)' that inherit the marker's columns."""
-        marker = {number for number, name in enumerate(names) if name in MARKERS}
-        unknown = np.array(scan.unknown, dtype=np.int64)
-        if not unknown.size or not marker:
-            return records, codes, start, names, scan.unknown
-        owner = np.searchsorted(records.row, unknown) - 1
-        belongs = (owner >= 0) & np.isin(codes[np.maximum(owner, 0)], list(marker))
-        rows, owner = unknown[belongs], owner[belongs]
-        if not rows.size:
-            return records, codes, start, names, scan.unknown
-        names = [*names, "(continued)"]
-        merged = np.argsort(np.concatenate((records.row, rows)), kind="stable")
-        fields = {}
-        for name in type(records).__slots__:
-            values = getattr(records, name)
-            added = rows if name == "row" else ends[rows] if name == "end" else values[owner]
-            fields[name] = np.concatenate((values, added))[merged]
-        codes = np.concatenate((codes, np.full(rows.size, len(names) - 1)))[merged]
-        start = np.concatenate((start, starts[rows]))[merged]
-        return Records(**fields), codes, start, names, unknown[~belongs].tolist()
+    ) -> dict[str, pa.Table]:
+        """One table for each event; `order` sorts the records by event."""
+        # the different texts of an event lie side by side in `by_code`
+        by_code = np.argsort(rests.code, kind="stable")
+        lows = np.searchsorted(rests.code[by_code], np.arange(len(rests.names) + 1))
+        place = np.empty(by_code.size, dtype=np.int64)
+        place[by_code] = np.arange(by_code.size)
+        place = place[rests.index[order]]
+        edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
+        tables: dict[str, pa.Table] = {}
+        as_text: list[pa.Table] = []
+        for begin, end in pairwise(edges):
+            number = int(code[order[begin]])
+            name = rests.names[number]
+            self.counts[name] = self.counts.get(name, 0) + end - begin
+            shared = [values.slice(begin, end - begin) for values in common]
+            if name in FIXED and name != TEXT.name:
+                group = Payload(rests.rows(rests.index[order[begin:end]], whole=name != "function"), rests.raw)
+                tables[name] = self._fixed(name, shared, group, records, order[begin:end], scan, text, starts, ends)
+                continue
+            if name == "(continued)":
+                group = Payload(rests.rows(rests.index[order[begin:end]], whole=True), rests.raw)
+                as_text.append(self._text(name, shared, group, np.arange(end - begin), np.arange(end - begin)))
+                continue
+            low = int(lows[number])
+            group = Payload(rests.rows(by_code[low : int(lows[number + 1])]), rests.raw)
+            local = place[begin:end] - low
+            built, rest = self._payloads.decode(name, group) if name[0] != "(" else ([], np.arange(len(group)))
+            if built:
+                tables[name] = self._typed(name, shared, built, local, len(group))
+            if rest.size:
+                where = np.full(len(group), -1, dtype=np.int64)
+                where[rest] = np.arange(rest.size)
+                part = self._text(name, shared, group, rest, where[local])
+                as_text.append(part)
+                if name[0] != "(":
+                    self._as_text[name] += part.num_rows
+        if as_text:
+            table = pa.concat_tables(as_text).unify_dictionaries()
+            tables[TEXT.name] = table.take(np.argsort(table["seq"].to_numpy(), kind="stable")).combine_chunks()
+        return tables
 
     @staticmethod
-    def _payload_rows(data: Array, raw: bytes, start: Array, end: Array, order: Array, text: Text) -> Rows:
-        """Payloads in `order`; `odd` marks those that hold a backslash, a NUL or anything that is not ASCII."""
-        end = np.maximum(end, start)
-        if raw.isascii() and b"\\" not in raw and b"\0" not in raw:
-            return Rows(text, start[order], end[order])
-        strange = np.flatnonzero((data >= 128) | (data == 92) | (data == 0))
-        place = np.searchsorted(start, strange, side="right") - 1
-        inside = (place >= 0) & (strange < end[np.maximum(place, 0)])
-        odd = np.zeros(start.size, dtype=bool)
-        odd[place[inside]] = True
-        return Rows(text, start[order], end[order], odd[order] if odd.any() else None)
+    def _owners(scan: Scan, code: Array, names: list[str]) -> tuple[Array, Array, list[int]] | None:
+        """Stray lines that directly follow a marker, the marker's index, and the other stray lines."""
+        marker = [number for number, name in enumerate(names) if name in MARKERS]
+        if not marker:
+            return None
+        unknown = np.array(scan.unknown, dtype=np.int64)
+        owner = np.searchsorted(scan.records.row, unknown) - 1
+        belongs = (owner >= 0) & np.isin(code[np.maximum(owner, 0)], marker)
+        return (unknown[belongs], owner[belongs], unknown[~belongs].tolist()) if belongs.any() else None
+
+    @staticmethod
+    def _continued(records: Records, rows: Array, owner: Array, starts: Array, ends: Array) -> tuple[Records, Array]:
+        """The records with lines `rows` among them, which inherit their owners' columns; and which those are."""
+        merged = np.argsort(np.concatenate((records.row, rows)), kind="stable")
+        fields = {}
+        for name in Records.__slots__:
+            values = getattr(records, name)
+            own = {"row": rows, "rest": starts[rows], "end": ends[rows]}
+            fields[name] = np.concatenate((values, own.get(name, values[owner])))[merged]
+        return Records(**fields), merged >= records.row.size
 
     def _common(
-        self, data: Array, records: Records, sources: dict[int, bytes], numbers: Array, order: Array
+        self, scan: Scan, records: Records, sources: dict[int, bytes], numbers: Array, order: Array
     ) -> list[pa.Array]:
         """COMMON and ftrace's common columns, in `order`."""
         assert self.clock is not None or not records.stamped.any()
         rows = records.row.size
-        seq = np.arange(rows, dtype=np.uint64) + np.uint64(self._seq)
         stamped = records.stamped
-        self._unstamped += int((~stamped).sum())
-        elapsed = records.stamp - np.int64(self.first or 0)
+        bare = int(rows - np.count_nonzero(stamped))
+        self._unstamped += bare
+        stamp = records.stamp[order]
+        shown = stamped[order] if bare else None
+        elapsed = stamp - np.int64(self.first or 0)
         clock = self.clock
         error = 0
         if clock is not None and clock.unit == "ns" and clock.hz:
@@ -258,62 +228,74 @@ class Builder:
                 elapsed = elapsed // hz * 10**9 + elapsed % hz * 10**9 // hz
             error = 0 if clock.kind == "tsc" else int(10**9 // hz) - 1
             error = error + 1 if self._layout.rounds and error else error
-        sizes = np.where(records.comm >= 0, records.comm_size, 0)
-        comm = binary(data, np.maximum(records.comm, 0), sizes).dictionary_encode()
-        comms = [escape(raw.lstrip(b" ")) for raw in comm.dictionary.to_pylist()]
-        comm_code = comm.indices.to_numpy(zero_copy_only=False)
-        words = binary(data, np.maximum(records.flags, 0), records.flags_size).dictionary_encode()
-        decoded = [decode_flags(raw.decode("latin-1")) for raw in words.dictionary.to_pylist()]
-        word = words.indices.to_numpy(zero_copy_only=False)
-        known = np.array([pair is not None for pair in decoded] or [False])[word]
-        flag = np.array([pair[0] if pair else 0 for pair in decoded] or [0], dtype=np.uint8)[word]
-        preempt = np.array([pair[1] if pair else 0 for pair in decoded] or [0], dtype=np.uint8)[word]
+        names = [escape(raw.lstrip(b" ")) for raw in scan.comms]
+        comms = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        slot = np.array([*(comms[name] for name in names), 0], dtype=np.int32)
+        decoded = [decode_flags(raw.decode("latin-1")) for raw in scan.words]
+        known = np.array([*(pair is not None for pair in decoded), False])
+        flags = np.array([*((pair or (0, 0))[0] for pair in decoded), 0], dtype=np.uint8)
+        preempt = np.array([*((pair or (0, 0))[1] for pair in decoded), 0], dtype=np.uint8)
+        word = records.word[order]
+        valid = known[word]
         buffers, buffer = [""], np.zeros(rows, dtype=np.int16)
         if sources:
-            for name in dict.fromkeys(sources.values()):
-                buffers.append(escape(name))
+            buffers += [name for name in dict.fromkeys(map(escape, sources.values())) if name]
             number = {name: i for i, name in enumerate(buffers)}
             for index in np.flatnonzero(np.isin(records.row, list(sources))).tolist():
                 buffer[index] = number[escape(sources[int(records.row[index])])]
-        pid_known = records.pid >= 0
-        comm_column = dictionary(COMM, comm_code[order], comms)
+            buffer = buffer[order]
+        pid, tgid, cpu = records.pid[order], records.tgid[order], records.cpu[order]
         return [
-            plain(pa.uint64(), seq[order]),
-            plain(pa.int64(), elapsed[order], stamped[order]),
-            plain(pa.uint32(), np.full(rows, error, dtype=np.uint32), stamped[order]),
-            plain(pa.uint64(), records.stamp[order].astype(np.uint64), stamped[order]),
-            plain(pa.uint16(), records.cpu[order].astype(np.uint16)),
+            plain(pa.uint64(), order.astype(np.uint64) + np.uint64(self._seq)),
+            plain(pa.int64(), elapsed, shown),
+            plain(pa.uint32(), np.full(rows, error, dtype=np.uint32), shown),
+            plain(pa.uint64(), stamp.view(np.uint64), shown),
+            plain(pa.uint16(), cpu.astype(np.uint16), cpu >= 0),
             constant(SMALL, self._options.source, rows),
             plain(pa.uint64(), numbers[order].astype(np.uint64)),
-            plain(pa.int32(), records.pid[order].astype(np.int32), pid_known[order]),
-            comm_column,
-            plain(pa.uint8(), flag[order], known[order]),
-            plain(pa.uint8(), preempt[order], known[order]),
-            plain(pa.int32(), records.tgid[order].astype(np.int32), (records.tgid >= 0)[order]),
-            dictionary(SMALL, buffer[order], buffers),
+            plain(pa.int32(), pid.astype(np.int32), pid >= 0),
+            dictionary(COMM, slot[records.comm[order]], list(comms) or [""]),
+            plain(pa.uint8(), flags[word], valid),
+            plain(pa.uint8(), preempt[word], valid),
+            plain(pa.int32(), tgid.astype(np.int32), tgid >= 0),
+            dictionary(SMALL, buffer, buffers),
         ]
 
     def _typed(
-        self, name: str, shared: list[pa.Array], rows: Array, columns: dict[str, pa.Array], count: int
+        self, name: str, shared: list[pa.Array], built: list[Built], local: Array, texts: int
     ) -> pa.Table:
-        table = self.tables[name]
-        if rows.size != count:
-            index = pa.array(rows)
-            shared = [values.take(index) for values in shared]
-        own = []
-        for field, kind in self._payloads.types(name).items():
-            values = columns.get(field)
-            if values is None:
-                values = nulls(kind, rows.size)
-            own.append(values if values.type == kind else values.cast(kind))
+        """The table of one event. `built` are the columns of its different texts, `local` each record's text."""
+        kinds = self._payloads.types(name)
         if name not in self._schemas:
-            self._schemas[name] = ftrace_schema(table)
+            self._schemas[name] = ftrace_schema(self.tables[name])
+        own = []
+        for field, kind in kinds.items():
+            parts = []
+            for rows, columns in built:
+                values = columns.get(field)
+                values = nulls(kind, rows.size) if values is None else values
+                parts.append(values if values.type == kind else values.cast(kind))
+            own.append(pa.concat_arrays(parts) if len(parts) > 1 else parts[0])
+        done = built[0][0] if len(built) == 1 else np.concatenate([rows for rows, _ in built])
+        if done.size == texts == local.size and len(built) == 1:
+            pick = None  # every text occurs once, in this order
+        else:
+            where = np.full(texts, -1, dtype=np.int64)
+            where[done] = np.arange(done.size)
+            pick = where[local]
+            if done.size < texts:
+                rows = np.flatnonzero(pick >= 0)
+                pick = pick[rows]
+                shared = _taken(shared, rows)
+        if pick is not None and own:
+            own = _taken(own, pick)
         return pa.Table.from_arrays([*shared, *own], schema=self._schemas[name])
 
-    def _text(self, name: str, shared: list[pa.Array], group: Payload, rows: Array) -> pa.Table:
-        index = pa.array(rows)
-        payload = group.strings(rows).cast(pa.string())
-        columns = [values.take(index) for values in shared]
+    def _text(self, name: str, shared: list[pa.Array], group: Payload, texts: Array, where: Array) -> pa.Table:
+        """Records whose text `where` (index into `texts`, -1 none) is kept as it is."""
+        rows = np.flatnonzero(where >= 0)
+        payload = group.strings(texts).cast(pa.string()).take(pa.array(where[rows]))
+        columns = _taken(shared, rows)
         return pa.Table.from_arrays([*columns, constant(COMM, name, rows.size), payload], schema=TEXT.schema())
 
     def _fixed(
@@ -353,13 +335,18 @@ class Builder:
     ) -> list[pa.Array]:
         rows = scan.stacks
         owner = np.searchsorted(records.row, rows) - 1
+        by_cpu = np.argsort(records.cpu, kind="stable")
+        before = np.full(records.cpu.size, -1, dtype=np.int64)
+        same = records.cpu[by_cpu[1:]] == records.cpu[by_cpu[:-1]]
+        before[by_cpu[1:][same]] = by_cpu[:-1][same]
         callers = []
         belonging = []
-        for record in index.tolist():
-            low, high = np.searchsorted(owner, [record, record + 1])
+        for record, low, high in zip(
+            index.tolist(), *(np.searchsorted(owner, index + add).tolist() for add in (0, 1)), strict=True
+        ):
             lines = [text[int(starts[row]) : int(ends[row])] for row in rows[low:high].tolist()]
             callers.append([escape(line.partition(b"=>")[2].strip()) for line in lines])
-            same = np.flatnonzero(records.cpu[:record] == records.cpu[record])
-            before = self._last_seq.get(int(records.cpu[record]))
-            belonging.append(self._seq + int(same[-1]) if same.size else before)
+            previous = int(before[record])
+            cpu = int(records.cpu[record])
+            belonging.append(self._seq + previous if previous >= 0 else self._last_seq.get(cpu))
         return [pa.array(callers, pa.list_(pa.string())), pa.array(belonging, pa.uint64())]

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.swar import Text
 
-__all__ = ["LAYOUTS", "Fast", "Layout", "Lines", "detect", "fixed_columns"]
+__all__ = ["FEWEST_LINES", "LAYOUTS", "MOST_TEMPLATES", "Fast", "Layout", "Lines", "detect", "fixed_columns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Layout:
 
 
 FLAG = rb"[dDbX.][NnpBbLl.][^\s:]{2,6}"
+WORD = re.compile(FLAG)
 #: Tried in this order; all of them read at most the first bytes of a line.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -88,14 +90,20 @@ def detect(line: bytes, layouts: tuple[Layout, ...] = LAYOUTS) -> tuple[Layout, 
     return None
 
 
+#: What stands before the flag word or the time.
+HEAD = re.compile(rb"(.{16})-(\d{1,10}) +(?:\(([ \d-]{5,7})\) )?\[(\d{3,5})\]", re.S)
+#: A layout learned from a line: so many are kept, and so many lines must be left for another to be learned.
+MOST_TEMPLATES, FEWEST_LINES = 8, 64
+
+
 @dataclass(frozen=True, slots=True)
 class Fast:
-    """Byte columns of an undisturbed line: dash at 16, then pid, maybe tgid, `[cpu]`, maybe flags, time."""
+    """Byte columns of a line: dash at 16, then pid, maybe tgid, `[cpu]`, maybe flags, time, ": "."""
 
-    bracket: int
-    tgid: int  # column of "(" or 0
+    head: int  # bytes up to and with the bracket that closes the CPU
     flags: int  # width or 0
     dot: int  # digits after the dot, 0 without a dot
+    colon: int
     layout: Layout
 
     @classmethod
@@ -104,84 +112,97 @@ class Fast:
         groups = match.groupdict()
         if layout.name not in ("kernel", "report") or match.end("comm") != 16 or match.start("comm"):
             return None
-        if groups.get("src") or len(match["cpu"]) != 3:
-            return None
         stamp = match["ts"]
+        if groups.get("src") or len(stamp) > 16:
+            return None
         dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
-        tgid = match.start("tgid") - 1 if groups.get("tgid") else 0
         flags = len(match["flags"]) if groups.get("flags") else 0
-        return cls(match.start("cpu") - 1, tgid, flags, dot, layout)
+        return cls(match.end("cpu") + 1, flags, dot, match.end("ts"), layout)
+
+    @property
+    def after(self) -> int:
+        """Where the time begins, blanks on its left included."""
+        return self.head + (self.flags + 2 if self.flags else 0)
+
+    def literals(self) -> dict[int, int]:
+        """Byte by column, where it is the same in every line."""
+        found = {16: 45, self.head - 1: 93, self.colon: 58, self.colon + 1: 32}
+        if self.layout.name == "kernel":
+            found |= {self.head: 32, self.after - 1: 32} if self.flags else {self.head: 32}
+        if self.dot:
+            found[self.colon - self.dot - 1] = 46
+        return found
 
 
 @dataclass(slots=True)
 class Lines:
-    """Columns of records: `row` is the line's index in the batch, `stamp` the printed digits as one number."""
+    """Columns of records: `row` is the line's index in the batch, `stamp` the printed digits as one number.
+
+    `head` and `word` are indices into `heads` (what `HEAD` matches) and `words` (flag words; empty without).
+    """
 
     row: Array
-    comm: Array  # start of the 16 bytes
-    pid: Array
-    tgid: Array  # -1: not shown
-    cpu: Array
-    flags: Array  # start of the flag word, -1 none
+    head: Array
+    heads: list[re.Match[bytes]]
+    word: Array
+    words: list[bytes]
     stamp: Array
     rest: Array  # start of what follows "time: "
 
 
-def fixed_columns(data: Array, starts: Array, ends: Array, fast: Fast) -> tuple[Lines, Array]:
-    """Records among the lines [starts, ends) that obey `fast`; the second array marks those lines."""
-    bracket = fast.bracket
-    after = bracket + 5 + (fast.flags + 2 if fast.flags else 0)
-    rows = np.flatnonzero(ends - starts > after + 14)
-    begin = starts[rows]
-    good = (data[begin + 16] == 45) & (data[begin + bracket] == 91) & (data[begin + bracket + 4] == 93)
+def fixed_columns(data: Array, starts: Array, ends: Array, rows: Array, fast: Fast) -> tuple[Lines | None, Array]:
+    """Records among the lines `rows` of [starts, ends) that obey `fast`, and the lines that do not."""
+    begin, width = starts[rows], fast.colon + 2
+    fits = ends[rows] - begin > width
+    fits &= _literals_fit(data, begin, fast, fits)
+    if not fits.any():
+        return None, rows
+    text, begin = Text(data), begin if fits.all() else begin[fits]
+    fine = np.ones(begin.size, dtype=bool)
+    head, raw = _encoded(data, begin, fast.head)
+    heads = [HEAD.fullmatch(value) for value in raw]
+    sane = [m is not None and int(m[2]) <= 0x7FFFFFFF and int(m[4]) <= 0xFFFF for m in heads]
+    fine &= np.array(sane, dtype=bool)[head]
+    word, words = np.zeros(0, dtype=np.int32), list[bytes]()
     if fast.flags:
-        # the words' first column and the blanks around it tell a flag word from anything else
-        good &= (data[begin + bracket + 5] == 32) & (data[begin + after - 1] == 32)
-        good &= data[begin + bracket + 6] != 32
-    rows, begin = rows[good], begin[good]
-    text = Text(data)
-    limit = ends[rows]
-    place = begin + 17
-    stop = text.find(32, place, begin + (fast.tgid or bracket))
-    pid, fine = text.decimal(place, stop)
-    # nothing but blanks between the pid and what follows
-    fine &= (data[begin + (fast.tgid or bracket) - 1] == 32) & (data[place] != 45) & (stop - place <= 9)
-    cpu, valid = text.decimal(begin + bracket + 1, begin + bracket + 4)
-    fine &= valid
-    # the colon after the time: its place depends on how many digits the time has
-    from_ = begin + after
-    colon = text.find(58, from_, np.minimum(limit, from_ + 26))
-    fine &= (colon < limit - 2) & (colon < from_ + 26) & (data[np.minimum(colon + 1, limit)] == 32)
-    whole = colon - fast.dot - 1 if fast.dot else colon
-    stamp, valid = text.padded(from_, whole)
+        word, words = _encoded(data, begin + fast.head + 1, fast.flags)
+        fine &= np.array([WORD.fullmatch(value) is not None for value in words], dtype=bool)[word]
+    whole = fast.colon - fast.dot - 1 if fast.dot else fast.colon
+    stamp, valid = text.fixed(begin + fast.after, whole - fast.after)
     fine &= valid
     if fast.dot:
-        part, valid = text.padded(colon - fast.dot, colon)
-        fine &= valid & (data[whole] == 46) & (data[colon - fast.dot] != 32)
+        part, valid = text.fixed(begin + (whole + 1), fast.dot)
+        fine &= valid & (data[begin + (whole + 1)] != 32)
         stamp = stamp * np.uint64(10**fast.dot) + part
-    tgid = np.full(begin.size, -1, dtype=np.int64)
-    if fast.tgid:
-        shown = data[begin + fast.tgid + 7] - np.uint8(48) < 10
-        value = np.zeros(begin.size, dtype=np.int64)
-        for k in range(1, 8):
-            digit = data[begin + fast.tgid + k] - np.uint8(48)
-            value = value * 10 + np.where(digit < 10, digit, 0)
-        tgid = np.where(shown, value, -1)
-        fine &= (data[begin + fast.tgid] == 40) & (data[begin + fast.tgid + 8] == 41)
-    marks = np.zeros(starts.size, dtype=bool)
-    marks[rows[fine]] = True
-    flags = begin + bracket + 6 if fast.flags else np.full(begin.size, -1, dtype=np.int64)
-    keep = fine
-    return (
-        Lines(
-            rows[keep],
-            begin[keep],
-            pid[keep].astype(np.int64),
-            tgid[keep],
-            cpu[keep].astype(np.int64),
-            flags[keep],
-            stamp[keep].astype(np.int64),
-            colon[keep] + 2,
-        ),
-        marks,
-    )
+    good = [match for match in heads if match is not None]
+    if len(good) < len(heads):
+        head = (np.cumsum(sane) - 1).astype(np.int32)[head]
+        good = [match for match, is_sane in zip(heads, sane, strict=True) if match is not None and is_sane]
+    taken = rows if fits.all() else rows[fits]
+    if not fine.all():
+        fits[np.flatnonzero(fits)[~fine]] = False
+        taken, begin, head, stamp = taken[fine], begin[fine], head[fine], stamp[fine]
+        word = word[fine] if fast.flags else word
+    left = rows[~fits]
+    return Lines(taken, head, good, word, words, stamp.astype(np.int64), begin + width), left
+
+
+def _literals_fit(data: Array, begin: Array, fast: Fast, fits: Array) -> Array:
+    """Whether a line's fixed characters stand where they should; looks at no line that does not fit already."""
+    masks: dict[int, tuple[int, int]] = {}
+    for column, byte in fast.literals().items():
+        at, shift = column // 8 * 8, column % 8 * 8
+        mask, value = masks.get(at, (0, 0))
+        masks[at] = mask | 0xFF << shift, value | byte << shift
+    words = Text(data).words
+    good = fits
+    for at, (mask, value) in masks.items():
+        good = good & ((words[np.minimum(begin + at, words.size - 1)] & np.uint64(mask)) == np.uint64(value))
+    return good
+
+
+def _encoded(data: Array, at: Array, width: int) -> tuple[Array, list[bytes]]:
+    """Index of each row's `width` bytes at `at` among the different values."""
+    items = np.ndarray((data.size - width + 1,), f"V{width}", data.data, 0, (1,))[at]
+    coded = pa.Array.from_buffers(pa.binary(width), at.size, [None, pa.py_buffer(items)]).dictionary_encode()
+    return coded.indices.to_numpy(), coded.dictionary.to_pylist()

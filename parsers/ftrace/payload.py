@@ -16,7 +16,7 @@ from parsers.ftrace.quick import Rows, quick
 from parsers.ftrace.shapes import Part, Shape, declared, event_table, raw_shape
 from parsers.tables import Column, Table
 
-__all__ = ["TEXT", "Payload", "Payloads"]
+__all__ = ["TEXT", "Built", "Payload", "Payloads"]
 
 #: Events whose payload has no known grammar, and lines of text that belong to the event before.
 TEXT = Table(
@@ -158,7 +158,7 @@ class Payload:
         return len(self._rows)
 
     def rows(self, chosen: Array) -> Rows:
-        """Some of the rows."""
+        """Some of the rows (all of them: `chosen` as long as there are rows)."""
         rows = self._rows
         if chosen.size == len(rows):
             return rows
@@ -178,7 +178,7 @@ class Payload:
                 position += len(better)
             data = np.concatenate((data, np.frombuffer(b"".join(extra), dtype=np.uint8)))
         raw = binary(data, start, length)
-        return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers())
+        return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers(), offset=raw.offset)
 
 
 class Payloads:
@@ -277,9 +277,9 @@ class Payloads:
                 types.update(PROBE)
         joined = " ".join(f"{key}=(.*?)" for key in keys)
         pattern += (" " if head and keys else "") + joined + " *$"
-        sample = pl.Series(payload).str.extract_groups(pattern).struct.unnest()
+        found = [match.groups() for match in map(re.compile(pattern).match, payload.to_pylist()) if match]
         for number, key in enumerate(keys, start=len(fixed)):
-            values = {str(value) for value in sample.to_series(number).drop_nulls().unique().to_list()}
+            values = {groups[number] for groups in found}
             types[key] = pa.uint64() if key.startswith("__probe_") else _infer(values)
         parts = fixed + tuple(
             Part(key, "string" if types[key] == pa.string() else "symbol") for key in keys

@@ -1,4 +1,5 @@
-"""The fast way through a shape: all rows step from literal to literal together; rows that do not fit are left alone.
+"""The fast way through a shape: rows that are as long as another and have its literals in the same places share its
+spans; the others step from literal to literal together; rows that do not fit are left alone.
 
 What is taken here is exactly what the shape's regular expression would take; anything doubtful (blanks inside a
 value, odd bytes, words that are not listed) is left to it.
@@ -20,6 +21,8 @@ from parsers.ftrace.swar import Text
 __all__ = ["Rows", "quick"]
 
 BLANK = 32
+#: Rows that share spans: payloads up to this long, so many different spans, and so few rows that it does not pay.
+WIDEST, MOST_TEMPLATES, FEWEST_ROWS = 1024, 24, 24
 MASK = re.compile(r"[0-9a-f]{1,16}(,[0-9a-f]{1,16})*")
 
 
@@ -43,39 +46,14 @@ class Rows:
 
 def quick(shape: Shape, rows: Rows, types: dict[str, pa.DataType]) -> tuple[Array, dict[str, pa.Array]]:
     """(row numbers that fit, their columns)."""
-    literals, text = shape.literals, rows.text
-    at = rows.start
-    chosen = np.arange(at.size) if rows.odd is None else np.flatnonzero(~rows.odd)
-    at, end = at[chosen], rows.end[chosen]
-    spans: list[tuple[Array, Array]] = []
-    for number, part in enumerate(shape.parts):
-        literal = literals[number]
-        good = text.has(literal, at) & (at + len(literal) <= end)
-        begin = at + len(literal)
-        following = literals[number + 1]
-        stop = text.find(following[0], begin, end) if following else end
-        if part.how != "string" and part.how != "words":
-            good &= stop > begin
-        if not following:
-            # a pattern would not take the blanks at the end
-            good &= text.data[np.maximum(stop - 1, 0)] != BLANK
-        spans.append((begin, stop))
-        at = stop
-        if not good.all():
-            chosen, at, end = chosen[good], at[good], end[good]
-            spans = [(b[good], s[good]) for b, s in spans]
-            if not chosen.size:
-                return chosen, {}
-    if literals[-1]:
-        good = text.has(literals[-1], at) & (at + len(literals[-1]) == end)
-    else:
-        good = at == end
-    columns: dict[str, pa.Array] = {}
-    for part, (begin, stop) in zip(shape.parts, spans, strict=True):
-        found, fits = _value(text, part, begin, stop, types)
-        good &= fits
-        for name, values in found.items():
-            columns.setdefault(name, values)
+    chosen = np.arange(len(rows)) if rows.odd is None else np.flatnonzero(~rows.odd)
+    every = chosen.size == len(rows)
+    at, end = (rows.start, rows.end) if every else (rows.start[chosen], rows.end[chosen])
+    taken, begin, stop = _spans(shape, rows.text, at, end)
+    if not taken.size:
+        return taken, {}
+    columns, good = _columns(rows.text, shape, begin, stop, types)
+    chosen = chosen[taken]
     if not good.all():
         keep = pa.array(good)
         columns = {name: values.filter(keep) for name, values in columns.items()}
@@ -83,15 +61,165 @@ def quick(shape: Shape, rows: Rows, types: dict[str, pa.DataType]) -> tuple[Arra
     return chosen, columns
 
 
+def _spans(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
+    """Rows whose literals fit, and where their parts begin and stop (one line for each part)."""
+    begin = np.empty((len(shape.parts), at.size), dtype=np.int64)
+    stop = np.empty_like(begin)
+    size, left, misses = end - at, np.arange(at.size), 0
+    found: list[Array] = []
+    for _ in range(MOST_TEMPLATES):
+        if left.size < FEWEST_ROWS or misses > 1:
+            break
+        first = int(left[0])
+        length = int(size[first])
+        spans = _walk(shape, text.data[int(at[first]) : int(end[first])].tobytes()) if length <= WIDEST else None
+        if spans is None:
+            # it may still fit in another way
+            misses, left = misses + 1, np.append(left[1:], left[:1])
+            continue
+        same = size[left] == length
+        rows = left if same.all() else left[same]
+        fits = text.fits(at[rows], length, _literal_places(shape, spans))
+        if not fits.all():
+            same[np.flatnonzero(same)[~fits]] = False
+            rows = rows[fits]
+        left = left[~same]
+        edges = np.array(spans, dtype=np.int64)
+        # assigning to all columns in order is much quicker than to some
+        where = slice(None) if rows.size == at.size else rows
+        begin[:, where] = edges[:, :1] + at[rows]
+        stop[:, where] = edges[:, 1:] + at[rows]
+        found.append(rows)
+    if left.size:
+        step = _stepped if left.size >= FEWEST_ROWS else _walked
+        rows, begins, stops = step(shape, text, at[left], end[left])
+        rows = left[rows]
+        begin[:, rows], stop[:, rows] = begins, stops
+        found.append(rows)
+    taken = np.sort(np.concatenate(found)) if len(found) > 1 else found[0] if found else left  # no row at all
+    if taken.size < at.size:
+        begin, stop = begin[:, taken], stop[:, taken]
+    return taken, begin, stop
+
+
+def _walk(shape: Shape, payload: bytes) -> list[tuple[int, int]] | None:
+    """Where the parts begin and stop in one payload, each at the first place where the next literal could begin."""
+    place, spans = 0, []
+    for number in range(len(shape.parts)):
+        literal, following = shape.literals[number], shape.literals[number + 1]
+        if not payload.startswith(literal, place):
+            return None
+        begin = place + len(literal)
+        place = payload.find(following[:1], begin) if following else len(payload)
+        if place < 0:
+            return None
+        spans.append((begin, place))
+    return spans if payload[place:] == shape.literals[-1] else None
+
+
+def _literal_places(shape: Shape, spans: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+    places = [(begin - len(literal), literal) for literal, (begin, _) in zip(shape.literals, spans, strict=False)]
+    return [*places, (spans[-1][1], shape.literals[-1])]
+
+
+def _walked(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
+    """As `_spans`, for a few rows one by one."""
+    chosen, found = [], []
+    for row, (begin, stop) in enumerate(zip(at.tolist(), end.tolist(), strict=True)):
+        spans = _walk(shape, text.data[begin:stop].tobytes())
+        if spans is not None:
+            chosen.append(row)
+            found.append(spans)
+    edges = np.array(found, dtype=np.int64).reshape(len(chosen), len(shape.parts), 2)
+    edges += at[chosen].reshape(-1, 1, 1) if chosen else 0
+    return np.array(chosen, dtype=np.int64), edges[:, :, 0].T, edges[:, :, 1].T
+
+
+def _stepped(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
+    """As `_spans`, from literal to literal."""
+    literals = shape.literals
+    chosen = np.arange(at.size)
+    spans: list[tuple[Array, Array]] = []
+    for number in range(len(shape.parts)):
+        literal, following = literals[number], literals[number + 1]
+        good = text.has(literal, at) & (at + len(literal) <= end)
+        begin = at + len(literal)
+        stop = text.find(following[0], begin, end) if following else end
+        spans.append((begin, stop))
+        at = stop
+        if not good.all():
+            chosen, at, end = chosen[good], at[good], end[good]
+            spans = [(b[good], s[good]) for b, s in spans]
+            if not chosen.size:
+                break
+    good = text.has(literals[-1], at) & (at + len(literals[-1]) == end) if literals[-1] else at == end
+    shown = [(b[good], s[good]) for b, s in spans] if chosen.size else [(at, at)] * len(shape.parts)
+    return chosen[good], np.array([b for b, _ in shown]), np.array([s for _, s in shown])
+
+
+def _columns(
+    text: Text, shape: Shape, begin: Array, stop: Array, types: dict[str, pa.DataType]
+) -> tuple[dict[str, pa.Array], Array]:
+    """Columns of all parts, and which rows fit. Numbers of all parts are converted at once."""
+    count = begin.shape[1]
+    good = np.ones(count, dtype=bool)
+    hows = [_how(part, types) for part in shape.parts]
+    numbers: dict[int, tuple[Array, Array]] = {}
+    for how in ("number", "hex", "symbol"):
+        chosen = [number for number, this in enumerate(hows) if this == how]
+        if not chosen:
+            continue
+        b, s = begin[chosen].ravel(), stop[chosen].ravel()
+        if how == "symbol":
+            probes = [shape.parts[number].column.startswith("__probe_") for number in chosen]
+            value, valid = _addresses(text, b, s, np.repeat(probes, count))
+        else:
+            value, valid = text.decimal(b, s) if how == "number" else text.hexadecimal(b, s)
+        for place, number in enumerate(chosen):
+            low, high = place * count, (place + 1) * count
+            numbers[number] = value[low:high], valid[low:high]
+    columns: dict[str, pa.Array] = {}
+    for number, (part, how) in enumerate(zip(shape.parts, hows, strict=True)):
+        b, s, following = begin[number], stop[number], shape.literals[number + 1]
+        if how in ("number", "hex"):
+            value, valid = numbers[number]
+            found, fits = {part.column: fit(value, valid, types[part.column])}, valid
+        elif how == "symbol":
+            found, fits = _address(text, part, b, s, *numbers[number], types)
+            fits = fits & (s > b)
+        elif how == "refused":
+            found, fits = {}, np.zeros(count, dtype=bool)
+        else:
+            found, fits = _words(text, part, b, s, types)
+        if (how == "words" and following) or (how == "symbol" and following and not numbers[number][1].all()):
+            # a row that shares another's spans may hold the next literal's first letter earlier
+            fits = fits & (text.find(following[0], b, s) == s)
+        elif not following:
+            # a pattern would not take the blanks at the end
+            fits = fits & (text.data[np.maximum(s - 1, 0)] != BLANK)
+        good &= fits
+        for name, values in found.items():
+            columns.setdefault(name, values)
+    return columns, good
+
+
+def _how(part: Part, types: dict[str, pa.DataType]) -> str:
+    """How a part is read: "number", "hex" and "symbol" need a column of numbers."""
+    if part.how in ("number", "hex", "symbol"):
+        kind = types.get(part.column)
+        return "refused" if kind is None or kind == pa.string() or pa.types.is_list(kind) else part.how
+    return "words"
+
+
 def _strings(text: Text, begin: Array, stop: Array) -> pa.Array:
-    raw = binary(text.data, begin, stop - begin)
-    return pa.Array.from_buffers(pa.large_string(), len(raw), raw.buffers()).cast(pa.string())
+    raw = binary(text.data, begin, stop - begin, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), offset=raw.offset)
 
 
-def _value(
+def _words(
     text: Text, part: Part, begin: Array, stop: Array, types: dict[str, pa.DataType]
 ) -> tuple[dict[str, pa.Array], Array]:
-    """Columns of one part, and which rows fit."""
+    """Columns of a part that is no number, and which rows fit."""
     name, kind, symbol = part.column, types.get(part.column), f"{part.column}_sym"
     every = np.ones(begin.size, dtype=bool)
     if part.how == "string":
@@ -107,45 +235,38 @@ def _value(
             numbers, known = each(words, word_value(part))
             found[name] = fit(numbers, known, kind)
         return found, every
-    if part.how == "bitmask":
-        if kind is None or not pa.types.is_list(kind):
-            return {}, every
-        masks = _strings(text, begin, stop)
-        return {name: bitmask(masks)}, each(masks, lambda word: int(bool(MASK.fullmatch(word))))[0] == 1
-    if kind is None or kind == pa.string() or pa.types.is_list(kind):
-        return {}, np.zeros(begin.size, dtype=bool)
-    if part.how == "symbol":
-        return _address(text, part, begin, stop, types)
-    numbers, good = text.decimal(begin, stop) if part.how == "number" else text.hexadecimal(begin, stop)
-    return {name: fit(numbers, good, kind)}, good
+    if kind is None or not pa.types.is_list(kind):
+        return {}, stop > begin
+    masks = _strings(text, begin, stop)
+    return {name: bitmask(masks)}, each(masks, lambda word: int(bool(MASK.fullmatch(word))))[0] == 1
+
+
+def _addresses(text: Text, begin: Array, stop: Array, probes: Array) -> tuple[Array, Array]:
+    """Numbers with 0x or decimal, in `probes` hexadecimal without it (addresses are long); and which rows are such."""
+    prefixed = text.has(b"0x", begin)
+    hexed = prefixed | probes
+    if hexed.all():
+        numbers, good = text.hexadecimal(begin, stop)
+    else:
+        first = text.data[begin]
+        numeric = ((first == 45) | ((first >= 48) & (first <= 57))) & ~hexed
+        numbers, good = np.zeros(begin.size, dtype=np.uint64), np.zeros(begin.size, dtype=bool)
+        for which, convert in ((hexed, text.hexadecimal), (numeric, text.decimal)):
+            rows = np.flatnonzero(which)
+            if rows.size:
+                numbers[rows], good[rows] = convert(begin[rows], stop[rows])
+    return numbers, good & (prefixed | ~probes | (stop - begin >= 8))
 
 
 def _address(
-    text: Text, part: Part, begin: Array, stop: Array, types: dict[str, pa.DataType]
+    text: Text, part: Part, begin: Array, stop: Array, numbers: Array, good: Array, types: dict[str, pa.DataType]
 ) -> tuple[dict[str, pa.Array], Array]:
-    """A number (with 0x, or decimal; probe addresses are hexadecimal without it) or the name of an address."""
+    """Columns of a number or the name of an address."""
     name, symbol = part.column, f"{part.column}_sym"
-    prefixed = text.has(b"0x", begin)
-    first = text.data[begin]
-    if name.startswith("__probe_"):
-        numbers, good = text.hexadecimal(begin, stop)
-        good &= prefixed | (stop - begin >= 8)
-    elif prefixed.all():
-        numbers, good = text.hexadecimal(begin, stop)
-    else:
-        numeric = (first == 45) | ((first >= 48) & (first <= 57))
-        if numeric.any():
-            numbers, good = text.decimal(begin, stop)
-        else:
-            numbers, good = np.zeros(begin.size, dtype=np.uint64), np.zeros(begin.size, dtype=bool)
-        if prefixed.any():
-            other, valid = text.hexadecimal(begin, stop)
-            numbers, good = np.where(prefixed, other, numbers), np.where(prefixed, valid, good)
     found = {name: fit(numbers, good, types[name])}
-    if good.all():
+    if good.all() or symbol not in types:
         return found, good
-    if symbol not in types:
-        return found, good
+    first = text.data[begin]
     doubtful = ~good & (first >= 48) & (first <= 57)
     # trace-cmd prints an offset after a symbol although it is none
     stop = stop - 4 * (text.has(b"/0x0", np.maximum(stop - 4, 0)) & (stop - begin > 4))

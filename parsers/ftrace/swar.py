@@ -19,6 +19,8 @@ ZEROS = U64(0x3030303030303030)
 NIBBLES = U64(0xF0F0F0F0F0F0F0F0)
 SIXES = U64(0x0606060606060606)
 NONE = U64(0)
+SPACES = U64(0x2020202020202020)
+ALL = U64(0xFFFFFFFFFFFFFFFF)
 BLANKS = U64(0x1010101010101010)
 #: Keeps the last n of eight characters (the high bytes of the word).
 LAST = np.array([0, *((0xFFFFFFFFFFFFFFFF << 8 * (8 - n)) & 0xFFFFFFFFFFFFFFFF for n in range(1, 9))], dtype=np.uint64)
@@ -32,6 +34,15 @@ def _ones(words: Array) -> Array:
     # numpy before 2: the exponents of the two halves, each exact as a float
     upper, lower = words >> U64(32), words & U64(0xFFFFFFFF)
     return np.asarray(np.frexp(upper.astype(np.float64))[1] + np.frexp(lower.astype(np.float64))[1])
+
+
+def _eight_digits(word: Array) -> tuple[Array, Array]:
+    """The number that eight characters show, and whether all of them are digits."""
+    good = ((word & NIBBLES) == ZEROS) & (((word + SIXES) & NIBBLES) == ZEROS)
+    word = word - ZEROS
+    word = (word * U64(10) + (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
+    word = (word * U64(100) + (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
+    return (word * U64(10000) + (word >> U64(32))) & U64(0x00000000FFFFFFFF), good
 
 
 class Text:
@@ -49,6 +60,20 @@ class Text:
             mask = U64((1 << 8 * len(part)) - 1)
             good &= (self.words[at + begin] & mask) == U64(int.from_bytes(part, "little"))
         return good
+
+    def fits(self, at: Array, length: int, literals: list[tuple[int, bytes]]) -> Array:
+        """Which rows of `length` bytes hold all literals, given with their distance from `at`."""
+        width = (length + 7) // 8 * 8
+        mask, value = bytearray(width), bytearray(width)
+        for place, literal in literals:
+            mask[place : place + len(literal)] = b"\xff" * len(literal)
+            value[place : place + len(literal)] = literal
+        if not any(mask):
+            return np.ones(at.size, dtype=bool)
+        items = np.ndarray((self.data.size - width + 1,), f"V{width}", self.data.data, 0, (1,))
+        found = items[at].view("<u8").reshape(at.size, width // 8)
+        wrong = (found ^ np.frombuffer(value, dtype="<u8")) & np.frombuffer(mask, dtype="<u8")
+        return np.asarray(np.bitwise_or.reduce(wrong, axis=1) == 0)
 
     def find(self, letter: int, at: Array, end: Array) -> Array:
         """First position of `letter` at or after `at`; `end` where it does not come before that."""
@@ -82,6 +107,26 @@ class Text:
         value, good = self._unsigned(start, end, blanks=BLANKS)
         return value, good & (self.data[np.maximum(end - 1, 0)] != 32)
 
+    def fixed(self, start: Array, width: int) -> tuple[Array, Array]:
+        """Unsigned decimal numbers of up to 16 digits, all `width` wide; blanks may pad them on the left."""
+        value = np.zeros(start.size, dtype=np.uint64)
+        good: Array = np.full(start.size, 0 < width <= 16)
+        below: Array | None = None
+        for done in range(0, min(width, 16), 8):
+            keep = LAST[min(8, width - done)]
+            word = self.words[start + (width - 8 - done)]
+            if width - done < 8:
+                word = (word & keep) | (SPACES & ~keep)
+            # bit 4 tells a digit from a blank; x has all bits of each blank's byte
+            blank = (~(word >> U64(4)) & LOW) * U64(255)
+            good &= (blank & (blank + U64(1))) == 0
+            good &= (below == 0) | (blank == ALL) if below is not None else blank != ALL
+            below = blank
+            number, valid = _eight_digits(word | (blank & BLANKS))
+            good &= valid
+            value += number * TENS[done]
+        return value, good
+
     def _unsigned(self, start: Array, end: Array, blanks: np.uint64 = NONE) -> tuple[Array, Array]:
         size = end - start
         good = (size > 0) & (size <= 18)
@@ -93,12 +138,9 @@ class Text:
             keep = LAST[take]
             # this bit turns a blank into "0" and leaves digits as they are
             word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep) | blanks
-            good &= ((word & NIBBLES) == ZEROS) & (((word + SIXES) & NIBBLES) == ZEROS)
-            word -= ZEROS
-            word = (word * U64(10) + (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
-            word = (word * U64(100) + (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
-            word = (word * U64(10000) + (word >> U64(32))) & U64(0x00000000FFFFFFFF)
-            value += word * TENS[done]
+            number, valid = _eight_digits(word)
+            good &= valid
+            value += number * TENS[done]
             done += 8
         return value, good
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 import zlib
@@ -11,14 +10,17 @@ from typing import BinaryIO, ClassVar
 
 from parsers.ftrace.notes import note
 from parsers.ftrace.text import FtraceTextReader
+from parsers.open import MAX_RATIO, RATIO_FREE_BYTES
 from parsers.recording import Note, ReadOptions, RecordingError
 
 __all__ = ["SystraceReader"]
 
 #: Newer pages: one or more blocks of text. Older ones: a JavaScript string with literal `\n\` line ends.
-BLOCK = re.compile(rb'<script class="trace-data" type="application/text">\s*(.*?)</script>', re.S)
-STRING = re.compile(rb'linuxPerfData = "(.*?)";', re.S)
+BLOCK = re.compile(rb'<script class="trace-data" type="application/text">\s*(.*?)(</script>|\Z)', re.S)
+STRING = re.compile(rb'linuxPerfData = "(.*?)(";|\Z)', re.S)
 EVENT = re.compile(rb"-\d+ +(?:\([ \d-]+\) +)?\[\d{3,}\]")
+#: Compressed bytes taken at a time.
+PIECE = 1 << 10
 #: A page is held in memory as a whole; Android's own limit is far below.
 LARGEST = 512 << 20
 
@@ -30,15 +32,19 @@ def _plain(block: bytes) -> tuple[bytes, bool]:
         return block, False
     data = block[marker + len(b"TRACE:") :].lstrip(b"\r\n")
     if not data.startswith(b"\x78"):
-        try:
-            data = base64.b64decode(data.strip(), validate=False)
-        except (binascii.Error, ValueError):
-            return b"", True
+        digits = re.sub(rb"[^A-Za-z0-9+/]+", b"", data)
+        whole = len(digits) - (len(digits) % 4 == 1)  # a cut page ends anywhere
+        data = base64.b64decode(digits[:whole] + b"=" * (-whole % 4))
     inflater = zlib.decompressobj()
+    text, left = bytearray(), max(RATIO_FREE_BYTES, int(MAX_RATIO * len(data)))
     try:
-        return inflater.decompress(data, LARGEST), not inflater.eof
+        for at in range(0, len(data), PIECE):  # what came out before the damage is kept
+            text += inflater.decompress(data[at : at + PIECE], left + 1 - len(text))
+            if inflater.eof or len(text) > left:
+                break
     except zlib.error:
-        return b"", True
+        pass
+    return bytes(text[:left]), not inflater.eof or len(text) > left
 
 
 class SystraceReader(FtraceTextReader):
@@ -56,13 +62,20 @@ class SystraceReader(FtraceTextReader):
         stream.seek(0)
         page = stream.read()
         self._damage: list[Note] = []
-        blocks = [(match.start(1), match[1]) for match in BLOCK.finditer(page)]
-        for match in STRING.finditer(page) if not blocks else ():
-            blocks.append((match.start(1), match[1].replace(b"\\n\\\n", b"\n").replace(b"\\n", b"\n")))
+        found = list(BLOCK.finditer(page))
+        blocks = [(match.start(1), match[1]) for match in found]
+        if not found:
+            found = list(STRING.finditer(page))
+            blocks = [(m.start(1), m[1].replace(b"\\n\\\n", b"\n").replace(b"\\n", b"\n")) for m in found]
+        if found and not found[-1][2]:
+            self._damage.append(note("ftrace-truncated", "the page ends inside the trace", size))
         if not blocks and page[:64].lstrip().startswith(b"TRACE:"):
             blocks = [(0, page)]
-        texts = []
+        texts: list[bytes] = []
         for at, block in blocks:
+            if sum(map(len, texts)) > LARGEST:
+                self._damage.append(note("systrace-compressed", f"more than {LARGEST} bytes of trace text", at))
+                break
             text, damaged = _plain(block)
             if damaged:
                 self._damage.append(note("systrace-compressed", f"block of {len(block)} bytes", at))

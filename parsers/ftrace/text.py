@@ -77,7 +77,8 @@ class FtraceTextReader:
         self._layout = found[0] if found else BY_NAME["kernel"]
         rest = tuple(layout for layout in LAYOUTS if layout is not self._layout)
         self._layouts = (self._layout, *rest) if self._layout.name != "perf" else (self._layout,)
-        self._fast = Fast.learn(*found) if found else None
+        fast = Fast.learn(*found) if found else None
+        self._templates = [fast] if fast is not None else []
         self._stamps = found is not None
         stamp = found[1]["ts"] if found else b"0"
         self._shown_first = int(stamp.replace(b".", b""))
@@ -209,12 +210,13 @@ class FtraceTextReader:
         data = np.frombuffer(text + bytes(64), dtype=np.uint8)
         ends = np.flatnonzero(data[: len(text)] == 10)
         starts = np.concatenate((np.zeros(1, dtype=np.int64), ends[:-1] + 1))
-        returns = (ends > starts) & (data[np.maximum(ends - 1, 0)] == 13)
-        ends = ends - returns
+        returns = data[ends - 1] == 13  # before the first byte stands a spare one
+        if returns.any():
+            ends = ends - returns
         kept = self._wanted(text, starts, ends)
         if kept is not None:
             starts, ends = starts[kept], ends[kept]
-        scan, sources = classify(data, text, starts, ends, self._fast, self._layouts, self._dot)
+        scan, sources = classify(data, text, starts, ends, self._templates, self._layouts, self._dot)
         used, lines = len(text), starts.size if kept is None else self._lines_in
         rows = scan.records.row
         keep = starts.size
@@ -268,9 +270,7 @@ class FtraceTextReader:
     @staticmethod
     def _before(scan: Scan, keep: int) -> Scan:
         records = scan.records
-        count = records.row.size - 1
-        for name in type(records).__slots__:
-            setattr(records, name, getattr(records, name)[:count])
+        scan.records = records.chosen(slice(0, records.row.size - 1))
         scan.stacks = scan.stacks[scan.stacks < keep]
         scan.unknown = [row for row in scan.unknown if row < keep]
         return scan
