@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from replay.bodies import Measured, Read
     from replay.machine import Machine
     from replay.sink import Sink
 
@@ -92,6 +93,16 @@ class System:
     stimuli: tuple[str, ...] | None = None
     #: Metrics in which a what-if run of the recorded policy must agree with the recording (spec 0.5).
     calibrate: tuple[str, ...] = ()
+    #: Stimuli without which a what-if run is about nothing; an entry "a|b" is satisfied by either.
+    drives: tuple[str, ...] = ()
+    #: Pre-pass over the events of a recording: latencies, bodies and initial state of its what-if runs (spec 0.6).
+    measure: Callable[[Read, Config, frozenset[str]], Measured] | None = None
+    #: Kinds of outcomes that the machine's `effects` predict one by one, and how an event becomes such an effect.
+    outcomes: tuple[str, ...] = ()
+    effect: Callable[[Mapping[str, int]], int] | None = None
+    effect_words: Callable[[int], str] = str
+    #: Parameters that change a stimulus: they hold in what-if runs, never in the run that is calibrated.
+    changes: tuple[str, ...] = ()
 
     def policy(self, name: str) -> str:
         """The policy's own name for a name or a role; UsageError lists what there is."""

@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from replay.bodies import Measured
 from replay.declare import Config, System, UsageError
 from replay.events import rows
+from replay.machine import Machine
 from replay.sink import Finding, Sink
 
 __all__ = ["Run", "run_machine"]
@@ -29,6 +31,12 @@ class Run:
     horizon_ns: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     effects: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _metrics(machine: Machine) -> dict[str, int]:
+    """The machine's numbers; those of a what-if on a recording say how many bodies came from where."""
+    bodies = machine.measured.bodies if machine.measured is not None else None
+    return machine.metrics() if bodies is None else {**machine.metrics(), **bodies.metrics()}
 
 
 def _where(error: BaseException) -> str:
@@ -50,12 +58,14 @@ def run_machine(
     policy_class: type[Any] | None = None,
     from_boot: bool = True,
     observed: frozenset[str] | None = None,
+    measured: Measured | None = None,
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
     `closed`: only stimuli are fed and the policy decides; otherwise the recording's outcomes are checked.
     `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
     scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
+    `measured` is what a what-if run takes from the recording besides stimuli: bodies, lags, initial state (spec 0.6).
     """
     sink = Sink(closed=closed)
     try:
@@ -63,6 +73,9 @@ def run_machine(
         machine = system.make(chosen, config, sink, sub)
         machine.from_boot = from_boot
         machine.observed = observed
+        if measured is not None:
+            machine.measured = measured.fresh()
+            init = init or measured.init
         machine.load(init or {})
         last = 0
         for batch in batches:
@@ -80,7 +93,7 @@ def run_machine(
         policy=policy,
         mode="what-if" if closed else "verify",
         findings=sink.findings,
-        metrics=machine.metrics(),
+        metrics=_metrics(machine),
         suppressed=sink.suppressed,
         extra=dict(machine.extra),
     )

@@ -30,20 +30,24 @@ MODEL_MISSING: Final = Code(
     "model-missing-outcome",
     "warn",
     "0.5",
-    "lockstep of the hardware model with the recording",
-    "Fed with recorded lines and register accesses, the hardware model does something the recording does not show.",
-    "A record is missing, the hardware or its emulation deviates from its manual, or the model is wrong.",
-    "the model's state is unknown there",
+    "model of the policy that really ran, or of the hardware, against the recording",
+    "Fed with the recorded stimuli (lines, register accesses, sends …), the model does something the recording does "
+    "not show.",
+    "A record is missing, another policy ran than assumed (--recorded), the hardware deviates from its manual, or the "
+    "model is wrong.",
+    "the model's state is unknown there; it does not reproduce the recording anyway (model-uncalibrated)",
     closed=False,
 )
 MODEL_EXTRA: Final = Code(
     "model-extra-outcome",
     "warn",
     "0.5",
-    "lockstep of the hardware model with the recording",
-    "The recording shows what the hardware model, fed with recorded lines and register accesses, does not do.",
-    "A stimulus is missing, the hardware or its emulation deviates from its manual, or the model is wrong.",
-    "the model's state is unknown there",
+    "model of the policy that really ran, or of the hardware, against the recording",
+    "The recording shows what the model, fed with the recorded stimuli (lines, register accesses, sends …), does not "
+    "do.",
+    "A stimulus is missing, another policy ran than assumed (--recorded), the hardware deviates from its manual, or "
+    "the model is wrong.",
+    "the model's state is unknown there; it does not reproduce the recording anyway (model-uncalibrated)",
     closed=False,
 )
 

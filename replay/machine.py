@@ -8,10 +8,13 @@ tables and no strings (3 M events/s interpreted).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from replay.agenda import Agenda
 from replay.sink import Sink
+
+if TYPE_CHECKING:
+    from replay.bodies import Measured
 
 __all__ = ["Machine"]
 
@@ -33,6 +36,8 @@ class Machine:
         #: What-if: the effects that a guest or device would notice, as (t ns, what). Two policies that differ here
         #: have left the recording behind (spec 0.5).
         self.effects: list[tuple[int, int]] = []
+        #: What-if on a recording: what was measured in it (spec 0.6); None in scenarios.
+        self.measured: Measured | None = None
         #: Tables for people that are neither findings nor metrics: name to rows of plain JSON values.
         self.extra: dict[str, list[dict[str, int | str | None]]] = {}
 

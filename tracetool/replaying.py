@@ -11,24 +11,29 @@ from typing import Any, Final
 import polars as pl
 import pyarrow as pa
 
+from replay.bodies import Measured
 from replay.coverage import Coverage, Observation, coverage
 from replay.declare import Config, System, UsageError
 from replay.driver import Run, run_machine
 from replay.events import KIND_ID, KINDS
-from replay.generic import UNCALIBRATED
+from replay.parting import part
 from replay.sink import Finding
 from replay.systems import SYSTEMS
+from tracetool import calibrate
 from tracetool.results import run_record
 from tracetool.store import Dataset
 
-__all__ = ["Choice", "Settings", "blind_share", "checkable", "choose", "observations", "replay_dataset", "rules_of"]
+__all__ = [
+    "Choice", "Settings", "blind_share", "checkable", "choose", "choose_recorded", "observations", "replay_dataset",
+    "rules_of",
+]  # fmt: skip
 
-#: Share by which a what-if run of the recorded policy may miss the recording's numbers.
-CALIBRATION_TOLERANCE: Final = 0.25
 #: What machines may unpack of a canonical event.
 EVENT_COLUMNS: Final = (
     "seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf",
 )  # fmt: skip
+#: What pre-passes and the matching of outcomes read of one.
+MEASURED_COLUMNS: Final = (*EVENT_COLUMNS, "t_err_ns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a replay was asked to do. `values` is parameter values by system name."""
+    """What a replay was asked to do. `values` is parameter values by system name; `recorded` the policy that really
+    ran, by system name, where the user knows it."""
 
     policies: tuple[Choice, ...] = (Choice("current"),)
     systems: tuple[str, ...] = ()
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose(spec: str) -> Choice:
@@ -63,6 +70,19 @@ def choose(spec: str) -> Choice:
         known = sorted({p for s in SYSTEMS for p in SYSTEMS[s].policies} | {"current", "proposed"})
         raise UsageError(f"no system has a policy {name!r}; there are {', '.join(known)}")
     return Choice(name, system or None)
+
+
+def choose_recorded(specs: Iterable[str]) -> dict[str, str]:
+    """`--recorded irqflow=edge`: policy by system; UsageError for anything that does not exist."""
+    chosen: dict[str, str] = {}
+    for spec in specs:
+        system, equals, name = spec.partition("=")
+        if not equals:
+            raise UsageError(f"--recorded wants SYSTEM=POLICY, for instance irqflow=edge, not {spec!r}")
+        if system not in SYSTEMS:
+            raise UsageError(f"no system {system!r}; there are {', '.join(SYSTEMS)}")
+        chosen[system] = SYSTEMS[system].policy(name)
+    return chosen
 
 
 def _own_policy(path: Path, name: str) -> Choice:
@@ -171,14 +191,38 @@ class _Session:
         self.dataset = dataset
         self.progress = progress
         self.system = system
-        facts = dataset.manifest.get("facts", {})
-        values = {**facts.get(f"{system.name}_config", {}), **settings.values.get(system.name, {})}
-        self.config = Config(system.parameters, values)
+        self.facts: Mapping[str, Any] = dataset.manifest.get("facts", {})
+        self.stated: Mapping[str, Any] = self.facts.get(f"{system.name}_config", {})
+        self.asked = settings.values.get(system.name, {})
+        self.recorded, self.why_recorded = self._recorded(settings)
         self.observed = observations(dataset)
         self.rules = rules_of(dataset, system)
         self.blind = blind_share(dataset)
+        self.end_ns = int(dataset.manifest.get("span", {}).get("t1_ns") or 0)
+        #: The user wants to know what would have been with another stimulus.
+        self.changed = any(name in self.asked for name in system.changes)
+        self._opened: Run | None = None
         self._verified: Run | None = None
-        self._calibrated: Run | None = None
+        self._closed: Run | None = None
+        self._calibration: dict[str, Any] | None = None
+        self._measured: Measured | None = None
+
+    def _recorded(self, settings: Settings) -> tuple[str, str]:
+        """The policy that the recorded machine ran, and how that is known."""
+        name = self.system.name
+        if name in settings.recorded:
+            return settings.recorded[name], "stated (--recorded)"
+        fact = self.facts.get(f"{name}_recorded")
+        if isinstance(fact, Mapping) and fact.get("policy") in self.system.policies:
+            return str(fact["policy"]), str(fact.get("why", ""))
+        return self.system.recorded, "assumed; --recorded says otherwise"
+
+    def config(self, *, closed: bool, calibrating: bool = False) -> Config:
+        """Parameters: declared, measured (what-if), found by the binding, the user's; later ones win. The run that is
+        calibrated knows no changed stimulus."""
+        measured = self.measured().values if closed else {}
+        asked = {k: v for k, v in self.asked.items() if not calibrating or k not in self.system.changes}
+        return Config(self.system.parameters, {**measured, **self.stated, **asked})
 
     def run(self, choice: Choice) -> dict[str, Any] | None:
         """The record of one run; None when the system does not know the policy of that name."""
@@ -186,67 +230,100 @@ class _Session:
             run = self.what_if(choice.name, choice.cls)
         else:
             name = self.system.roles.get(choice.name, choice.name)
-            if choice.name == "current" and choice.system is None:
-                name = self.system.recorded  # "current" alone is whatever the recording comes from
+            if choice.name == "current" and choice.system is None and not self.changed:
+                name = self.recorded  # "current" alone is whatever the recording comes from
             if name not in self.system.policies and len(self.system.policies) == 1:
-                name = self.system.recorded
+                name = self.recorded
             if name not in self.system.policies:
                 return None
-            run = self.verify() if name == self.system.recorded else self.what_if(name, None)
-        blind = set(self.dataset.manifest.get("facts", {}).get("blind", {}))
+            run = self.verify() if name == self.recorded and not self.changed else self.what_if(name, None)
+        blind = set(self.facts.get("blind", {}))
         if self.dataset.manifest.get("clock", {}).get("unit") == "ticks":
             blind = {c.rule for c in self.rules if c.state == "blind"}
         if blind:
             run.findings = [f for f in run.findings if f.code.name not in blind]
+        run.extra["recorded"] = {"policy": self.recorded, "why": self.why_recorded}
         return run_record(
-            run, self.system, self.config, self.rules, locate=self.locate, blind_share=self.blind
-        )
+            run, self.system, self.config(closed=run.mode == "what-if"), self.rules,
+            locate=self.locate, blind_share=self.blind,
+        )  # fmt: skip
 
     def verify(self) -> Run:
-        """The recording's own outcomes against the rules."""
+        """The recording's own outcomes against the rules, and against what the model predicts (spec 0.5)."""
         if self._verified is None:
-            self._verified = self._run(self.system.recorded, None, closed=False, kinds=self.system.kinds)
+            self._verified = self.opened()
+            self._verified.findings += self.parted()
         return self._verified
+
+    def opened(self) -> Run:
+        """The recording's own outcomes against the rules."""
+        if self._opened is None:
+            self._opened = self._run(
+                self.recorded, None, self.config(closed=False), closed=False, kinds=self.system.kinds
+            )
+        return self._opened
+
+    def parted(self) -> list[Finding]:
+        """Outcomes that only the recording or only its model has. A model that is not calibrated has no say."""
+        system = self.system
+        if system.effect is None or not system.outcomes or not any(k in self.observed for k in system.outcomes):
+            return []
+        if calibrate.blind_reason(system, self.observed, self.measured()):
+            return []
+        base = self.recorded_what_if()
+        if self.calibration()["state"] != "calibrated":
+            return []
+        config = self.config(closed=True, calibrating=True)
+        lost = [(g["t0_ns"], g["t1_ns"]) for g in self.dataset.gaps() if None not in (g["t0_ns"], g["t1_ns"])]
+        return part(
+            base.effects, self._read(system.outcomes), system.effect, system.effect_words,
+            match_ns=config.integer("match_ns"), end_ns=self.end_ns, reach_ns=self.measured().reach_ns, lost=lost,
+            inferred=calibrate.inferred(system, self.observed),
+        )  # fmt: skip
 
     def what_if(self, name: str, cls: type[Any] | None) -> Run:
         """The recorded stimuli under another policy, compared with the recorded policy on the same stimuli."""
-        base = self.recorded_what_if()
-        run = self._run(name, cls, closed=True, kinds=self._stimuli())
-        run.horizon_ns = _horizon(base, run, self.dataset)
-        run.extra["calibration"] = calibration = self.calibration(base)
-        if calibration["state"] == "uncalibrated" and any(c.state != "blind" for c in self.rules):
-            run.findings.append(
-                Finding(
-                    UNCALIBRATED, UNCALIBRATED.severity, 0,
-                    expected=f"numbers of the recording within {CALIBRATION_TOLERANCE:.0%}",
-                    observed=", ".join(
-                        f"{k}: recorded {a}, predicted {b}" for k, (a, b) in calibration["metrics"].items()
-                    ),
-                    conf=100,
-                )
-            )  # fmt: skip
+        blind = calibrate.blind_reason(self.system, self.observed, self.measured())
+        found = self.calibration()
+        if blind:
+            start = int(self.dataset.manifest.get("span", {}).get("t0_ns") or 0)
+            run = Run(self.system.name, name, "what-if", [], {}, horizon_ns=start)
+        else:
+            run = self._run(name, cls, self.config(closed=True), closed=True, kinds=self._stimuli())
+            run.horizon_ns = calibrate.horizon(self.recorded_what_if(), run, self.end_ns)
+        reasons = list(found["reasons"])
+        if name in self.measured().undecided:
+            reasons.append(self.measured().undecided[name])
+        state = "uncalibrated" if reasons else "calibrated"
+        run.extra["calibration"] = {**found, "state": state, "reasons": reasons}
+        if reasons and any(c.state != "blind" for c in self.rules):
+            calibrate.withdraw(run, reasons)
         return run
 
     def recorded_what_if(self) -> Run:
         """What-if under the recorded policy: the self-test of spec 0.5."""
-        if self._calibrated is None:
-            self._calibrated = self._run(self.system.recorded, None, closed=True, kinds=self._stimuli())
-        return self._calibrated
+        if self._closed is None:
+            config = self.config(closed=True, calibrating=True)
+            self._closed = self._run(self.recorded, None, config, closed=True, kinds=self._stimuli())
+        return self._closed
 
-    def calibration(self, predicted: Run) -> dict[str, Any]:
+    def calibration(self) -> dict[str, Any]:
         """Recorded and predicted numbers of the recorded policy."""
-        recorded = self.verify()
-        pairs = {
-            name: (recorded.metrics[name], predicted.metrics[name])
-            for name in self.system.calibrate
-            if name in recorded.metrics and name in predicted.metrics
-        }
-        good = pairs and all(abs(a - b) <= CALIBRATION_TOLERANCE * max(a, 1) for a, b in pairs.values())
-        return {
-            "state": "calibrated" if good else "uncalibrated",
-            "tolerance": CALIBRATION_TOLERANCE,
-            "metrics": {k: list(v) for k, v in pairs.items()},
-        }
+        if self._calibration is None:
+            blind = calibrate.blind_reason(self.system, self.observed, self.measured())
+            predicted = {} if blind else self.recorded_what_if().metrics
+            self._calibration = calibrate.calibration(
+                self.system, self.opened().metrics, predicted, self.measured(), blind=blind
+            )
+        return self._calibration
+
+    def measured(self) -> Measured:
+        """What the system's pre-pass found in the recording."""
+        if self._measured is None:
+            stated = Config(self.system.parameters, {**self.stated, **self.asked})
+            measure = self.system.measure
+            self._measured = measure(self._read, stated, frozenset(self.observed)) if measure else Measured()
+        return self._measured
 
     def _stimuli(self) -> tuple[str, ...]:
         if self.system.stimuli is not None:
@@ -254,20 +331,39 @@ class _Session:
         fed = ("stimulus", "context", "response", "marker")
         return tuple(k for k in self.system.kinds if KINDS[KIND_ID[k]].role in fed)
 
-    def _run(self, name: str, cls: type[Any] | None, *, closed: bool, kinds: Sequence[str]) -> Run:
-        span = self.dataset.manifest.get("span", {})
+    def _run(
+        self, name: str, cls: type[Any] | None, config: Config, *, closed: bool, kinds: Sequence[str]
+    ) -> Run:
+        sub = str(self.facts.get(f"{self.system.name}_sub", ""))
+        if closed and self.system.measure is not None:
+            sub = sub or "retimed"
         return run_machine(
             self.system,
             name,
             self._batches(f"{self.system.name} {name}", list(kinds), EVENT_COLUMNS),
-            config=self.config,
+            config=config,
             closed=closed,
-            sub=str(self.dataset.manifest.get("facts", {}).get(f"{self.system.name}_sub", "")),
-            t_end=span.get("t1_ns"),
+            sub=sub,
+            t_end=self.dataset.manifest.get("span", {}).get("t1_ns"),
             policy_class=cls,
             from_boot=False,
             observed=frozenset(self.observed),
+            measured=self.measured() if closed else None,
         )
+
+    def _read(self, kinds: Sequence[str], limit: int | None = None) -> pl.DataFrame:
+        """Events of some kinds in one frame, in order; about the first `limit` of them."""
+        text = pl.col("kind").cast(pl.String)
+        frames = [self.dataset.events().select(MEASURED_COLUMNS).head(0).collect().with_columns(text)]
+        rows = 0
+        for batch in self.dataset.event_batches(list(kinds), MEASURED_COLUMNS):
+            frame = pl.from_arrow(batch.select(MEASURED_COLUMNS))
+            assert isinstance(frame, pl.DataFrame)
+            frames.append(frame.with_columns(text))
+            rows += frame.height
+            if limit is not None and rows >= limit:
+                break
+        return pl.concat(frames, how="vertical_relaxed").with_columns(pl.col("seq").set_sorted())
 
     def _batches(self, what: str, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         total = int(self.dataset.manifest.get("events") or 1)
@@ -286,13 +382,3 @@ class _Session:
             .collect()
         )
         return {seq: (src, offset) for seq, src, offset in frame.iter_rows()}
-
-
-def _horizon(base: Run, run: Run, dataset: Dataset) -> int:
-    """Until when the recording is evidence for `run`: the first effect that differs from the recorded policy's."""
-    end = int(dataset.manifest.get("span", {}).get("t1_ns", 0))
-    for one, other in zip(base.effects, run.effects, strict=False):
-        if one != other:
-            return min(one[0], other[0])
-    shorter, longer = sorted((base.effects, run.effects), key=len)
-    return longer[len(shorter)][0] if len(longer) > len(shorter) else end

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import polars as pl
 
 from replay.binding.base import event
-from replay.binding.linux_probes import Source
+from replay.binding.linux_probes import KEEP, Source
 from replay.binding.linux_words import ABI_WORDS, Words
 from replay.coverage import Observation
 from replay.hardware.evtchn_two_level import ABI_FIFO
@@ -92,6 +92,13 @@ def survey(source: Source, trusted_flows: tuple[str, ...]) -> Survey:
         result.facts["evtchn_config"] = {"strand_ns": result.words.resolution_ns}
     if result.abi == "fifo":
         result.facts["evtchn_sub"] = "fifo"
+        why = "the guest uses the FIFO ABI, which has one way to unmask"
+        result.facts["evtchn_recorded"] = {"policy": "any", "why": why}
+    else:
+        why = "probes on evtchn_2l_* functions, which Linux has since 3.14"
+        result.facts["evtchn_recorded"] = {"policy": "modern", "why": why}
+    if source.probed("handle_edge_irq"):
+        result.facts["irqflow_recorded"] = {"policy": "edge", "why": "event channels go through handle_edge_irq"}
     _not_of_this_abi(result)
     return result
 
@@ -200,7 +207,7 @@ class Binder:
         if lo == 0 and found.abi == "fifo":
             yield self._abi()
         if found.words is not None:
-            yield from found.words.events(lo, hi, found.irq_of_port)
+            yield from found.words.events(lo, hi, found.irq_of_port, self._dispatched(lo, hi))
         yield from self._scans(lo, hi)
         yield from self._handled(lo, hi)
         yield from self._masks(lo, hi)
@@ -228,18 +235,27 @@ class Binder:
             if frame is not None:
                 yield event(frame, "evtchn.upcall_end", f"{name} returns", **self.who)
 
-    def _handled(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
-        """What the scan dispatched, and the clear of the pending bit that follows it."""
+    def _hits(self, lo: int, hi: int) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Probes at which the scan dispatches, with the port."""
         for symbol in self.found.handled:
             frame = self.source.probe(symbol, lo, hi, "port", "irq")
             if frame is not None:
                 port = pl.when(pl.col("port") > 0).then(pl.col("port")).otherwise(self._port())
-                frame = frame.with_columns(port=port).filter(pl.col("port").is_not_null())
-                yield event(frame, "evtchn.handled", symbol, **self.who, obj=pl.col("port"))
+                yield symbol, frame.with_columns(port=port).filter(pl.col("port").is_not_null())
+
+    def _dispatched(self, lo: int, hi: int) -> pl.DataFrame | None:
+        """All dispatches in one frame."""
+        frames = [frame.select(*KEEP, "port") for _, frame in self._hits(lo, hi)]
+        return pl.concat(frames).sort("seq") if frames else None
+
+    def _handled(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
+        """What the scan dispatched, and the clear of the pending bit that follows it."""
+        for symbol, frame in self._hits(lo, hi):
+            yield event(frame, "evtchn.handled", symbol, **self.who, obj=pl.col("port"))
         symbol = CLEAR[self.found.abi]
-        frame = self.source.probe(symbol, lo, hi, "port")
-        if frame is not None:
-            yield event(frame, "evtchn.clear", symbol, **self.who, obj=pl.col("port"), rank=1)
+        cleared = self.source.probe(symbol, lo, hi, "port")
+        if cleared is not None:
+            yield event(cleared, "evtchn.clear", symbol, **self.who, obj=pl.col("port"), rank=1)
 
     def _irq(self, port: str = "port") -> pl.Expr:
         known = self.found.irq_of_port

@@ -95,8 +95,10 @@ class Words:
             seen["flow.raise"] = Observation(50, how)
         return seen
 
-    def events(self, lo: int, hi: int, irq_of_port: Mapping[int, int]) -> Iterator[pl.DataFrame]:
-        """Sends and snapshots of the records with lo <= seq < hi."""
+    def events(
+        self, lo: int, hi: int, irq_of_port: Mapping[int, int], handled: pl.DataFrame | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """Sends and snapshots of the records with lo <= seq < hi; `handled` (KEEP, port) is what was dispatched."""
         samples = self._read(lo, hi)
         if samples is None:
             return
@@ -104,7 +106,7 @@ class Words:
             yield from self._fifo(samples)
             return
         if "pend" in self.names:
-            yield from self._sends(samples, lo, hi, irq_of_port)
+            yield from self._sends(samples, lo, hi, irq_of_port, handled)
         yield from self._own(samples)
         yield from self._foreign(samples)
 
@@ -128,7 +130,7 @@ class Words:
     # -- sends ---------------------------------------------------------------------------------------------------
 
     def _sends(
-        self, samples: pl.DataFrame, lo: int, hi: int, irq_of_port: Mapping[int, int]
+        self, samples: pl.DataFrame, lo: int, hi: int, irq_of_port: Mapping[int, int], handled: pl.DataFrame | None
     ) -> Iterator[pl.DataFrame]:
         clears = self.source.probe("evtchn_2l_clear_pending", lo, hi, "port")
         found: list[tuple[int, int]] = []  # (row of `samples`, port)
@@ -142,6 +144,8 @@ class Words:
         index = [int(early[row]) for row, _ in found]
         ports = [port for _, port in found]
         frame = samples.select(KEEP)[index].with_columns(port=pl.Series(ports, dtype=pl.Int64)).sort("seq", "port")
+        if handled is not None:
+            frame = _before_dispatch(frame, handled, clears)
         raw = "pending bit"
         yield event(frame, "evtchn.send", raw, cpu=None, dom=self.dom, obj=pl.col("port"), conf=50, rank=-3)
         if irq_of_port:
@@ -287,3 +291,18 @@ class Words:
                     mine, kind, column, dom=self.dom, vcpu=vcpu, tgt=queue,
                     val=pl.col(column).reinterpret(signed=True), conf=80, rank=1,
                 )  # fmt: skip
+
+
+def _before_dispatch(sends: pl.DataFrame, handled: pl.DataFrame, clears: pl.DataFrame | None) -> pl.DataFrame:
+    """A bit first seen set between its dispatch and its clear was set before the dispatch, at the latest (U4)."""
+    earlier = handled.select(pl.col("seq"), "port", *(pl.col(c).alias(f"of_{c}") for c in KEEP)).sort("seq")
+    found = sends.sort("seq").join_asof(earlier, on="seq", by="port", strategy="backward", check_sortedness=False)
+    mine = pl.col("of_seq").is_not_null()
+    if clears is not None:
+        ends = clears.select("seq", "port", cleared=pl.col("seq")).sort("seq")
+        found = found.join_asof(  # the clear's own probe samples the words before it acts
+            ends, on="seq", by="port", strategy="backward", check_sortedness=False, allow_exact_matches=False
+        )
+        mine = mine & (pl.col("cleared").is_null() | (pl.col("cleared") < pl.col("of_seq")))
+    placed = (pl.when(mine).then(pl.col(f"of_{c}")).otherwise(pl.col(c)).alias(c) for c in KEEP)
+    return found.select(*placed, "port").sort("seq", "port")

@@ -8,10 +8,20 @@ from replay.declare import Config, System, UsageError
 from replay.events import KINDS
 from replay.machine import Machine
 from replay.sink import Sink
+from replay.systems.event_channel.calibration import (
+    CALIBRATE,
+    DRIVES,
+    OUTCOMES,
+    STIMULI,
+    effect,
+    effect_words,
+    measure,
+)
 from replay.systems.event_channel.codes import CODES, PARAMETERS
 from replay.systems.event_channel.fifo import FifoMachine
 from replay.systems.event_channel.machine import TwoLevelMachine
 from replay.systems.event_channel.policies import POLICIES
+from replay.systems.event_channel.retimed import RetimedChannels
 
 __all__ = ["SYSTEM"]
 
@@ -22,7 +32,8 @@ def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
     if not hasattr(policy, "on_unmask"):
         known = ", ".join(name for name in POLICIES if name != "any")
         raise UsageError(f"the two-level ABI needs a policy that says how a port is unmasked: {known}")
-    return TwoLevelMachine(policy, config, sink)
+    # Scenarios have their own latencies; `sub` "retimed" is a what-if on a recording.
+    return RetimedChannels(policy, config, sink) if sub == "retimed" else TwoLevelMachine(policy, config, sink)
 
 
 SYSTEM = System(
@@ -36,5 +47,11 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("evtchn", "sched", "trace")),
     recorded="modern",
-    calibrate=("handled",),
+    stimuli=STIMULI,
+    calibrate=CALIBRATE,
+    drives=DRIVES,
+    measure=measure,
+    outcomes=OUTCOMES,
+    effect=effect,
+    effect_words=effect_words,
 )

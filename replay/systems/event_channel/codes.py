@@ -177,7 +177,9 @@ CODES: Final = (
 PARAMETERS: Final = (
     Parameter("bits_per_word", 64, "bits", "the guest's unsigned long: 64, or 32 for 32-bit guests"),
     Parameter("hvm", False, "", "HVM-type domain: Linux unmasks pending local ports by hypercall (policy modern)"),
-    Parameter("upcall_ns", 100, "ns", "notification to upcall, in closed runs"),
+    Parameter("upcall_ns", 100, "ns", "notification to upcall, in closed runs; recordings: each send's own, else the "
+              "median"),
+    Parameter("match_ns", 2_000, "ns", "how far a predicted dispatch may lie from the recorded one"),
     Parameter("strand_ns", 10_000, "ns", "how long an inconsistent state may last before it is reported"),
     Parameter("rebind_ns", 10_000, "ns", "how long the two bindings may differ around a rebind"),
     Parameter("delay_ns", 10_000_000, "ns", "pending to handled on a running vCPU"),

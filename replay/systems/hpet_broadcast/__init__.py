@@ -37,4 +37,5 @@ SYSTEM = System(
     kinds=tuple(k.name for k in KINDS if k.sys in ("hpet", "trace")),
     stimuli=("idle.enter", "idle.exit", "idle.break", "isr.begin", "isr.end"),
     calibrate=("hpet_irqs",),
+    drives=("idle.enter", "idle.exit"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
+from replay.systems.irq_flow.calibration import DRIVES, OUTCOMES, effect, effect_words, measure
 from replay.systems.irq_flow.codes import CODES, PARAMETERS
 from replay.systems.irq_flow.machine import IrqFlowMachine
 from replay.systems.irq_flow.policies import POLICIES
@@ -29,5 +30,10 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("irqflow", "trace") or k.name == "evtchn.bind"),
     recorded="edge",
-    calibrate=("handler_runs",),
+    calibrate=("handler_runs", "acked", "handler_time_ns"),
+    drives=DRIVES,
+    measure=measure,
+    outcomes=OUTCOMES,
+    effect=effect,
+    effect_words=effect_words,
 )

@@ -128,14 +128,18 @@ CODES: Final = (
 
 PARAMETERS: Final = (
     Parameter("cpu", 0, "cpu", "where irqs are bound at first"),
-    Parameter("upcall_ns", 100, "ns", "notification to upcall, in closed runs"),
-    Parameter("handler_ns", 10_000, "ns", "handler run, in closed runs"),
+    Parameter("upcall_ns", 100, "ns", "notification to upcall, in closed runs; recordings: measured"),
+    Parameter("handler_ns", 10_000, "ns", "handler run, in closed runs; recordings: each run's own, else the median"),
     Parameter("consume_ns", 3_000, "ns", "begin to the handler's last look at its ring, in closed runs"),
-    Parameter("lateeoi_ns", None, "ns", "handler end to late EOI, in closed runs; none: the driver never issues it"),
+    Parameter("lateeoi_ns", None, "ns", "handler end to late EOI, in closed runs; none: the driver never issues it, "
+              "and on recordings: measured"),
     Parameter("virq_global", False, "", "the irqs are global VIRQs"),
     Parameter("percpu", False, "", "the irqs are requested per-cpu (IRQF_PERCPU): edge gives them the percpu flow"),
     Parameter("irq_type", "", "", "pirq, virq, ipi or evtchn, for irqs that no bind event describes"),
     Parameter("move_when_dropped", True, "", "ack moves also when the flow then leaves because of INPROGRESS"),
+    Parameter("move_at_once", False, "", "edge: set_affinity rebinds at once under the mask reason TEMPORARY, as Linux "
+              "chips with mask reasons do; measured in recordings"),
+    Parameter("match_ns", 2_000, "ns", "how far a predicted handler run may lie from the recorded one"),
     Parameter("jiffy_ns", 4_000_000, "ns", "a jiffy, unit of the late EOI's back-off"),
     Parameter("settle_ns", 10_000, "ns", "recordings: how long nothing may happen before an edge counts as lost"),
     Parameter("stuck_ns", 1_000_000_000, "ns", "missing unmask, late EOI or move"),

@@ -88,7 +88,8 @@ class IrqFlowMachine(IrqFlowRules):
             elif not closed and kind == EOI:
                 self.on_eoi(irq, cpu)
             elif kind == LATEEOI:
-                self.lateeoi(irq, cpu, bool(flags & 1))
+                if self.bodies is None:  # else it comes with the body of its handler run
+                    self.lateeoi(irq, cpu, bool(flags & 1))
             elif kind == SET_AFFINITY:
                 self.policy.on_set_affinity(self, irq, tgt)
             elif kind == DISABLE:
@@ -194,6 +195,8 @@ class IrqFlowMachine(IrqFlowRules):
         """A handler returned. Without a record of its last look, what was raised before it began is consumed, and
         what was raised during its run possibly."""
         began = irq.inprogress == cpu
+        if began:
+            self.handler_time_ns += self.now - irq.begin_t
         if irq.inprogress in (cpu, SOMEWHERE):
             irq.inprogress = NOWHERE
         irq.end_t = self.now

@@ -47,6 +47,13 @@ class Policy:
         machine.defer_move(irq, cpu)
 
 
+def rebind_masked(machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
+    """Rebind under the mask reason TEMPORARY (Linux xen_rebind_evtchn_to_cpu)."""
+    machine.mask(irq, TEMPORARY)
+    machine.bind(irq, cpu)
+    machine.unmask(irq, TEMPORARY, cpu)
+
+
 class Level(Policy):
     """Linux 2.6.36-rc2, handle_level_irq on xen_dynamic_chip."""
 
@@ -144,9 +151,11 @@ class Edge(Policy):
             machine.pended_inprogress += 1
 
     def on_set_affinity(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
-        """Deferred, or refused for a per-cpu irq."""
+        """Deferred, at once on chips that do so (move_at_once), or refused for a per-cpu irq."""
         if machine.has_percpu_flow(irq):
             self.percpu.on_set_affinity(machine, irq, cpu)
+        elif machine.move_at_once:
+            rebind_masked(machine, irq, cpu)
         else:
             machine.defer_move(irq, cpu)
 
@@ -240,10 +249,8 @@ class LateEoi(Edge):
             machine.expect_lateeoi(irq, cpu)
 
     def on_set_affinity(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
-        """At once, under the mask reason TEMPORARY (xen_rebind_evtchn_to_cpu)."""
-        machine.mask(irq, TEMPORARY)
-        machine.bind(irq, cpu)
-        machine.unmask(irq, TEMPORARY, cpu)
+        """At once."""
+        rebind_masked(machine, irq, cpu)
 
 
 POLICIES: Final[dict[str, type[Policy]]] = {

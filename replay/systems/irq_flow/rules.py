@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from replay.agenda import SOFTWARE, UPCALL
+from replay.bodies import Bodies, Lags
 from replay.declare import Config
 from replay.events import INF, NIL, NONE
 from replay.hardware.evtchn_two_level import TYPE_IPI, TYPE_PIRQ, TYPE_VIRQ
@@ -13,6 +14,7 @@ from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.irq_flow import codes
+from replay.systems.irq_flow.calibration import CONSUME, DURATION, LATEEOI, SPURIOUS, WORKED
 from replay.systems.irq_flow.monitor import FIRST_TIMER, SPURIOUS_CAP, DescMonitor, Monitor
 from replay.systems.irq_flow.state import EOI_PENDING, EXPLICIT, NOWHERE, IrqRecord
 
@@ -46,6 +48,7 @@ class IrqFlowRules(Machine):
         self.virq_global: bool = bool(config["virq_global"])
         self.percpu: bool = bool(config["percpu"])
         self.type: int = TYPES.get(str(config["irq_type"]), NONE)
+        self.move_at_once: bool = bool(config["move_at_once"])
         self.move_when_dropped: bool = bool(config["move_when_dropped"])
         self.jiffy_ns: int = config.integer("jiffy_ns")
         self.monitor = Monitor(config, sink, self.agenda)
@@ -72,9 +75,16 @@ class IrqFlowRules(Machine):
         self.unmask_hypercalls: int = 0
         self.max_latency_ns: int = 0
         self.lateeoi_delay_ns: int = 0
+        self.handler_time_ns: int = 0
+        self.bodies: Bodies | None = None  # what-if on a recording
+        self.lags: Lags | None = None
 
     def load(self, init: Mapping[str, Any]) -> None:
         """`init.S4` = {bound{irq: cpu}, types{irq: name}, percpu[irq]}."""
+        if self.measured is not None:
+            self.bodies = self.measured.bodies
+            self.lags = self.measured.lags
+            self.monitor.consume_known = self.sees("flow.consume")
         state = init.get("S4", init)
         for name, cpu in state.get("bound", {}).items():
             self.irq(int(name)).bound = int(cpu)
@@ -107,13 +117,21 @@ class IrqFlowRules(Machine):
         irq.pend_t = self.now
         irq.quiet_since = INF
         if self.closed and irq.masked == 0:
-            self.notify(irq)
+            self.notify(irq, self.seq)
         self.monitor.check_masked(irq, self.now)
 
-    def notify(self, irq: IrqRecord) -> None:
-        """The cpu to which the port is bound gets an upcall, upcall_ns from now."""
+    def notify(self, irq: IrqRecord, seq: int = NONE) -> None:
+        """The cpu to which the port is bound gets an upcall: upcall_ns from now, or when the recorded raise `seq` (the
+        oldest outstanding one) was taken, wherever that was: no cpu was ready for it before."""
         irq.posted += 1
-        self.agenda.at(self.now + self.upcall_ns, UPCALL, DO_UPCALL, irq.irq, irq.bound)
+        due = self.now + self.upcall_ns
+        if self.lags is not None:
+            if seq < 0 and irq.raise_seqs:
+                seq = irq.raise_seqs[0]
+            taken = self.lags.of(seq)
+            if taken >= self.now:
+                due = taken
+        self.agenda.at(due, UPCALL, DO_UPCALL, irq.irq, irq.bound)
 
     def fire(self, action: int, a: int, b: int, c: int) -> None:
         """An upcall, a step of a handler, or one of the monitor's time-outs."""
@@ -126,7 +144,7 @@ class IrqFlowRules(Machine):
             self.handler_end(irq, b)
         elif action == DO_LATEEOI:
             irq.eoi_due = INF
-            self.lateeoi(irq, b, False)
+            self.lateeoi(irq, b, bool(c))
         elif action == DO_UNMASK:
             if irq.eoi_gen == c:
                 self.finish_lateeoi(irq, b)
@@ -261,9 +279,35 @@ class IrqFlowRules(Machine):
         if irq.outstanding and self.now - irq.outstanding[0] > self.max_latency_ns:
             self.max_latency_ns = self.now - irq.outstanding[0]
         self.monitor.begun(irq, cpu, self.now, self.seq, True)
-        self.busy_until[cpu] = self.now + self.handler_ns
-        self.agenda.at(self.now + self.consume_ns, SOFTWARE, DO_CONSUME, irq.irq, cpu)
-        self.agenda.at(self.now + self.handler_ns, SOFTWARE, DO_END, irq.irq, cpu)
+        run_ns, consume_ns = (self.handler_ns, self.consume_ns) if self.bodies is None else self.body(irq, self.bodies)
+        self.handler_time_ns += run_ns
+        self.busy_until[cpu] = self.now + run_ns
+        self.agenda.at(self.now + consume_ns, SOFTWARE, DO_CONSUME, irq.irq, cpu)
+        self.agenda.at(self.now + run_ns, SOFTWARE, DO_END, irq.irq, cpu)
+
+    def body(self, irq: IrqRecord, bodies: Bodies) -> tuple[int, int]:
+        """What-if on a recording: the handler's run and last look, as recorded for the raises that it serves (C2). Of
+        several recorded runs that became one, those with work are appended (C5)."""
+        seqs = irq.raise_seqs
+        taken = bodies.take(irq.irq, seqs[0], seqs[-1]) if seqs else ()
+        if not taken:
+            run = bodies.substitute(irq.irq)
+            irq.eoi_after, irq.eoi_spurious = (self.lateeoi_ns if self.lateeoi_ns >= 0 else NIL), 0
+            run_ns = self.handler_ns if run is None else run[DURATION]
+            return run_ns, min(self.consume_ns, run_ns)
+        run_ns = taken[0][DURATION]
+        look = taken[0][CONSUME]
+        consume_ns = min(self.consume_ns, run_ns) if look == NIL else look
+        irq.eoi_after, irq.eoi_spurious = taken[0][LATEEOI], taken[0][SPURIOUS]
+        for more in taken[1:]:
+            if more[WORKED]:
+                look = more[CONSUME]
+                consume_ns = run_ns + (min(self.consume_ns, more[DURATION]) if look == NIL else look)
+                run_ns += more[DURATION]
+                irq.eoi_after, irq.eoi_spurious = more[LATEEOI], more[SPURIOUS]
+        if irq.eoi_after == NIL and self.lateeoi_ns >= 0:
+            irq.eoi_after = self.lateeoi_ns
+        return run_ns, consume_ns
 
     def handler_end(self, irq: IrqRecord, cpu: int) -> None:
         """The handler returns."""
@@ -290,9 +334,10 @@ class IrqFlowRules(Machine):
         """The handler has ended; the driver owes the late EOI."""
         irq.eoi_owed = 1
         self.monitor.eoi_owed(irq, cpu, self.now)
-        if self.closed and self.lateeoi_ns >= 0:
-            irq.eoi_due = self.now + self.lateeoi_ns
-            self.agenda.at(irq.eoi_due, SOFTWARE, DO_LATEEOI, irq.irq, cpu)
+        after = self.lateeoi_ns if self.bodies is None else irq.eoi_after
+        if self.closed and after >= 0:
+            irq.eoi_due = self.now + after
+            self.agenda.at(irq.eoi_due, SOFTWARE, DO_LATEEOI, irq.irq, cpu, irq.eoi_spurious)
 
     def lateeoi(self, irq: IrqRecord, cpu: int, spurious: bool) -> None:
         """xen_irq_lateeoi: spurious ones beyond the threshold are delayed, 2^(n-2) jiffies up to a second."""
@@ -361,4 +406,5 @@ class IrqFlowRules(Machine):
             "max_latency_ns": self.max_latency_ns,
             "max_lateeoi_ns": self.lateeoi_delay_ns,
             "max_handler_ns": self.descs.max_handler_ns(),
+            "handler_time_ns": self.handler_time_ns,
         }

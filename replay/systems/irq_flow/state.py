@@ -31,11 +31,12 @@ class IrqRecord(PortBits):
 
     __slots__ = (
         "acks", "ahead", "backoff_until", "begin_cpu", "begin_t", "begins_after", "bound", "consume_seen",
-        "consumed", "desc_masked", "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_due",
-        "eoi_gen", "eoi_owed", "first_run", "inprogress", "irq", "irqs_pending", "is_active", "lateeoi_t",
-        "mask_since", "mask_t", "masked_gen", "masked_ns", "masked_reported", "move_to", "none_count",
-        "none_start", "outstanding", "pend_t", "per_cpu", "posted", "quiet_gen", "quiet_since", "raise_seqs",
-        "raises_known", "reasons", "running", "spurious_cnt", "type", "virq_global", "want", "want_gen",
+        "consumed", "desc_masked", "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_after",
+        "eoi_due", "eoi_gen", "eoi_owed", "eoi_spurious", "first_run", "inprogress", "irq", "irqs_pending",
+        "is_active", "lateeoi_t", "mask_since", "mask_t", "masked_gen", "masked_ns", "masked_reported",
+        "move_to", "none_count", "none_start", "outstanding", "pend_t", "per_cpu", "posted", "quiet_gen",
+        "quiet_since", "raise_seqs", "raises_known", "reasons", "running", "spurious_cnt", "type",
+        "virq_global", "want", "want_gen",
     )  # fmt: skip
 
     def __init__(self, irq: int, bound: int, known: bool) -> None:
@@ -54,6 +55,8 @@ class IrqRecord(PortBits):
         self.is_active: int = blank
         self.eoi_owed: int = 0
         self.eoi_due: int = INF  # closed runs: when the driver will issue the late EOI
+        self.eoi_after: int = NIL  # what-if on a recording: offset of the body's late EOI from its end
+        self.eoi_spurious: int = 0
         self.eoi_gen: int = 0
         self.lateeoi_t: int = NIL
         self.spurious_cnt: int = 0
