@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from replay.coverage import Coverage
+from replay.coverage import Coverage, Sight, sight
 from replay.declare import Config, System
 from replay.driver import Run
 from replay.events import NIL, NONE
 from replay.sink import Evidence, Finding
 
-__all__ = ["EPISODE_GAP_NS", "SEVERITIES", "contract", "episode_key", "fold", "run_record", "verdict", "worst"]
+__all__ = [
+    "EPISODE_GAP_NS", "SEVERITIES", "contract", "episode_key", "fold", "run_record", "sight_document", "verdict",
+    "worst",
+]  # fmt: skip
 
 #: Severities, worst first.
 SEVERITIES: Final = ("error", "warn", "info")
@@ -55,6 +58,7 @@ def run_record(
     rank = {code.name: index for index, code in enumerate(system.codes)}
     findings = [_finding(f, where, rank) for f in sorted(run.findings, key=lambda f: f.t)]
     _episodes(findings)
+    seen = sight(system, rules)
     calibration = run.extra.get("calibration")
     withdrawn = calibration is not None and calibration["state"] != "calibrated"  # it is evidence for nothing
     return {
@@ -63,7 +67,8 @@ def run_record(
         "title": system.title,
         "policy": run.policy,
         "mode": run.mode,
-        "verdict": "inconclusive" if withdrawn else verdict(findings, rules, blind_share),
+        "verdict": "inconclusive" if withdrawn else verdict(findings, rules, blind_share, seen),
+        "seen": sight_document(seen, len(findings)),
         "horizon_ns": run.horizon_ns,
         "calibration": calibration,
         "recorded": run.extra.get("recorded"),
@@ -125,13 +130,30 @@ def _episodes(findings: list[dict[str, Any]]) -> None:
         last[key] = (episode, finding["t_ns"])
 
 
-def verdict(findings: Iterable[Mapping[str, Any]], rules: Sequence[Coverage], blind_share: float) -> str:
-    """`inconclusive` if nothing could be checked or gaps cover most; `findings` for any warn or error; else `clean`."""
+def verdict(
+    findings: Iterable[Mapping[str, Any]], rules: Sequence[Coverage], blind_share: float, seen: Sight | None = None
+) -> str:
+    """`findings` for any warn or error; `inconclusive` if nothing could be checked, if all rules for errors are blind
+    (`seen`), or if gaps cover most; else `clean`."""
     if rules and not any(c.state != "blind" for c in rules):
         return "inconclusive"
     if any(f["severity"] in ("error", "warn") for f in findings):
         return "findings"
+    if seen is not None and rules and not seen.decides:
+        return "inconclusive"
     return "inconclusive" if blind_share > 0.5 else "clean"
+
+
+def sight_document(seen: Sight, findings: int = 0) -> dict[str, Any]:
+    """How much of the system could be seen, as plain JSON values: state, counts, and a sentence for people."""
+    return {
+        "state": seen.state,
+        "checked": seen.checked,
+        "inferred": seen.inferred,
+        "blind": seen.blind,
+        "key_rules_blind": list(seen.key_blind),
+        "text": seen.words(findings),
+    }
 
 
 def worst(runs: Iterable[Mapping[str, Any]]) -> str | None:
