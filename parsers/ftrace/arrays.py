@@ -65,6 +65,7 @@ def _views(data: Array, starts: Array, lengths: Array) -> pa.Array:
 
     Up to 12 bytes stand in the view itself; a longer value has its first 4 bytes, buffer 0 and its offset there.
     """
+    starts = np.where(lengths > 0, starts, 0)  # damaged: an empty value may be said to lie anywhere
     views = np.zeros((starts.size, 4), dtype="<i4")
     views[:, 0] = lengths
     rows = np.flatnonzero(lengths > 12)
@@ -76,10 +77,12 @@ def _views(data: Array, starts: Array, lengths: Array) -> pa.Array:
     else:
         views[rows, 1], views[rows, 3] = first[at], at
         rows = np.flatnonzero(lengths <= 12)
-        if int(starts[rows].max()) > data.size - 12:
+        # an empty value may lie anywhere
+        at = starts[rows] * (lengths[rows] > 0)
+        if int(at.max()) > data.size - 12:
             data = np.concatenate((data, np.zeros(12, dtype=np.uint8)))
         items = np.ndarray((max(0, data.size - 11),), "V12", data.data, 0, (1,))
-        inline = items[starts[rows]].view(np.uint8).reshape(-1, 12)
+        inline = items[at].view(np.uint8).reshape(-1, 12)
         views[rows, 1:] = (inline * (np.arange(12) < lengths[rows][:, None])).view("<i4")
     return pa.Array.from_buffers(pa.binary_view(), starts.size, [None, pa.py_buffer(views), pa.py_buffer(data)])
 
