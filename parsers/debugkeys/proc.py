@@ -177,14 +177,16 @@ class TimerListReader(TextReader):
         return rows
 
     def finish(self) -> list[Row]:
-        """The device that the file ends with."""
-        return self._done()
+        """The timer or device that the file ends with."""
+        return self._placed(self._done())
 
     def line(self, text: str) -> list[Row]:
         """Rows of one line; a device's row is given when the device ends."""
         if not text.strip():
             return [Row("timer_heading", {"snapshot": max(self._snapshot, 0), "text": ""})]
-        rows = self._parse(text)
+        return self._placed(self._parse(text))
+
+    def _placed(self, rows: list[Row]) -> list[Row]:
         for row in rows:
             row.values.setdefault("snapshot", max(self._snapshot, 0))
             row.tsc = self._now if row.tsc is None else row.tsc

@@ -99,7 +99,8 @@ class TextReader:
     """Base of the readers of snapshots: `line()` turns one line into rows, `finish()` gives rows still open.
 
     A reader declares `TABLES` (name → table and kinds) and `RECOGNISE`, a pattern of which the head must hold a match.
-    `seq` counts lines; several rows made from one line share its `seq`. Lines without rows are kept in `other`.
+    `seq` counts lines (a row begun in the chunk before has the first of this one); several rows made from one line
+    share its `seq`. Lines without rows are kept in `other`.
     """
 
     format: ClassVar[str] = ""
@@ -122,6 +123,7 @@ class TextReader:
         self._stream = stream
         self._source = options.source
         self._line = 0
+        self._first_line = 1
         stream.seek(0)
         head = stream.read(1 << 20)
         if not self.RECOGNISE.search(head):
@@ -155,6 +157,7 @@ class TextReader:
 
     def _chunk(self, batch: LineBatch, *, last: bool) -> Chunk:
         rows: dict[str, list[Row]] = {}
+        self._first_line = batch.first_line
         lengths = batch.byte_lengths().tolist()
         notes: list[Note] = []
         skipped = others = 0
@@ -196,7 +199,8 @@ class TextReader:
     def _table(self, name: str, rows: list[Row]) -> pa.Table:
         rows.sort(key=lambda row: row.line or 0)
         self.counts[name] = self.counts.get(name, 0) + len(rows)
-        seq = [(row.line or 1) - 1 for row in rows]
+        # A row that is put together over lines may have begun in the chunk before: `seq` still grows.
+        seq = [max(row.line or 1, self._first_line) - 1 for row in rows]
         hz = self.clock.hz
         times = [self._time(row) for row in rows] if hz else seq
         columns: dict[str, Any] = {
@@ -206,7 +210,7 @@ class TextReader:
             "tsc": [row.tsc for row in rows],
             "cpu": [row.cpu if row.cpu is not None and row.cpu <= 0xFFFF else None for row in rows],
             "source": pa.DictionaryArray.from_arrays(pa.array([0] * len(rows), pa.int16()), pa.array([self._source])),
-            "offset": [s + 1 for s in seq],
+            "offset": [row.line or 1 for row in rows],
         }
         for column in self.tables[name].columns:
             columns[column.name] = pa.array([row.values.get(column.name) for row in rows], column.type)

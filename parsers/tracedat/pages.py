@@ -94,10 +94,7 @@ class PageStream:
         self._stream.seek(self._file)
         self._block, self._block_at, self._used = self._stream.read(want), self._file, 0
         self._file += want
-        if want % size:
-            # the area ends inside a page: its records up to there are still good
-            self._block = self._block + bytes(size - want % size)
-        return len(self._block) >= 16
+        return len(self._block) >= 16  # the last page may be short: its records up to there are still good
 
     def _chunk_count(self) -> int:
         data = self._read(4)

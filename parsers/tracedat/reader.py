@@ -86,6 +86,7 @@ class TraceDatReader:
         wanted = [(buffer, area) for buffer in head.buffers for area in buffer.areas if area.size]
         share = max(1 << 20, Limit.CHUNKS_HELD // max(1, len(wanted)))
         taken: list[tuple[int, int]] = []
+        cut: dict[tuple[str, int], str] = {}
         for buffer, area in sorted(wanted, key=lambda pair: pair[1].offset):
             problem = ""
             if not 4 * head.page.data <= buffer.page_size <= Limit.PAGE or buffer.page_size % 8:
@@ -97,9 +98,9 @@ class TraceDatReader:
             elif taken and area.offset < taken[-1][1]:
                 problem = f"data at {area.offset} overlaps another CPU's"
             if problem:
-                cut = area.offset >= head.total
+                beyond = area.offset >= head.total
                 self._problems.damaged(
-                    "tracedat-truncated" if cut else "tracedat-section",
+                    "tracedat-truncated" if beyond else "tracedat-section",
                     f"cpu {area.cpu}: {problem}",
                     cpu=min(area.cpu, 0xFFFF),
                     offset=min(area.offset, head.total),
@@ -108,10 +109,9 @@ class TraceDatReader:
                 continue
             end = area.offset + area.size
             if end > head.total:
-                missing = f"cpu {area.cpu}: {end - head.total} of {area.size} bytes lie beyond the end of the file"
-                self._problems.damaged(
-                    "tracedat-truncated", missing, cpu=area.cpu, offset=head.total, length=0
-                )
+                if not buffer.compressed:  # of those the chunk that is cut says it
+                    missing = f"{end - head.total} of {area.size} bytes lie beyond the end of the file"
+                    cut[(buffer.name, area.offset)] = missing
                 area = type(area)(area.cpu, area.offset, head.total - area.offset)
             taken.append((area.offset, area.offset + area.size))
             streams.append(
@@ -128,6 +128,8 @@ class TraceDatReader:
         head.claims.extend(taken)
         names = {buffer.name: rank for rank, buffer in enumerate(head.buffers)}
         streams.sort(key=lambda stream: (names[stream.buffer.name], stream.cpu, stream.area.offset))
+        places = [(stream.buffer.name, stream.area.offset) for stream in streams]
+        self._cut = {index: cut[place] for index, place in enumerate(places) if place in cut}
         return streams
 
     def _produce(self) -> Iterator[Chunk]:
@@ -140,6 +142,12 @@ class TraceDatReader:
             yield from self._merge(members, comparable=clock == clocks[0])
         if not self._streams:
             self._head.add_note("tracedat-empty", "no CPU has any data")
+        for index, missing in self._cut.items():
+            stream = self._streams[index]
+            text = f"cpu {stream.cpu}: {missing}"
+            self._problems.damaged(
+                "tracedat-truncated", text, cpu=stream.cpu, offset=self._head.total, length=0, t0=stream.last_time
+            )
         self._account()
         last = self._chunk({})
         if last.gaps or last.notes:
@@ -192,11 +200,14 @@ class TraceDatReader:
     ) -> tuple[dict[str, pa.Table], list[Page]]:
         """Decode the records before `limit` (corrected stamp; None: all of them); keep the other pages."""
         head, streams = self._head, self._streams
-        stride = max(len(page.data) for page in pages)
+        stride = (max(len(page.data) for page in pages) + 7) // 8 * 8
+        short = np.fromiter(
+            (len(page.data) < streams[page.stream].buffer.page_size for page in pages), dtype=bool, count=len(pages)
+        )
         sizes = np.fromiter((len(page.data) for page in pages), dtype=np.int64, count=len(pages))
         padded = (page.data.ljust(stride, b"\0") for page in pages)
         data = np.frombuffer(b"".join((*padded, bytes(8))), dtype=np.uint8)
-        records = walk(data, len(pages), stride, sizes, head.page, head.order)
+        records = walk(data, len(pages), stride, sizes, head.page, head.order, short)
         owner = np.fromiter((page.stream for page in pages), dtype=np.int64, count=len(pages))
         stream = owner[records.page]
         keys = np.empty(records.stamp.size, dtype=np.int64)
@@ -263,6 +274,9 @@ class TraceDatReader:
                 used = int(records.used[number]) + self._head.page.data
                 length = max(0, (used or int(sizes[number])) - inside)
                 compressed = stream.buffer.compressed
+                if page.offset + int(sizes[number]) == self._head.total and page.stream in self._cut:
+                    self._problems.skipped += length  # the end of the file is told once
+                    continue
                 self._problems.damaged(
                     "tracedat-page",
                     f"cpu {stream.cpu}: the page's records do not add up after byte {inside}",

@@ -40,8 +40,13 @@ class Records:
     used: Array
 
 
-def walk(batch: Array, pages: int, stride: int, page_sizes: Array, header: PageHeader, order: str) -> Records:
-    """Walk `pages` pages that lie `stride` bytes apart in `batch` (uint8, a multiple of 4 bytes long)."""
+def walk(
+    batch: Array, pages: int, stride: int, page_sizes: Array, header: PageHeader, order: str, short: Array | None = None
+) -> Records:
+    """Walk `pages` pages that lie `stride` bytes apart in `batch` (uint8, a multiple of 4 bytes long).
+
+    `short` flags pages that the file ends in: the records that are whole are good.
+    """
     words = batch.view(f"{order}u4")
     base = np.arange(pages, dtype=np.int64) * stride
     stamps = _u64(words, base >> 2, order)
@@ -49,6 +54,8 @@ def walk(batch: Array, pages: int, stride: int, page_sizes: Array, header: PageH
     commit = words[(base + header.commit + (4 if high else 0)) >> 2].astype(np.int64)
     used = commit & COMMIT_MASK
     bad = np.full(pages, -1, dtype=np.int64)
+    if short is not None:
+        used = np.where(short, np.minimum(used, np.maximum(page_sizes - header.data, 0)), used)
     too_long = used > page_sizes - header.data
     bad[too_long] = base[too_long] + header.data
     used[too_long] = 0
