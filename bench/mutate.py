@@ -1,29 +1,36 @@
-"""Mutation score of the machines: `python bench/mutate.py --sample N --seconds S [--system NAME]`.
+"""Mutation score of the machines: `python bench/mutate.py [--system NAME] [--sample N --seed K] [--seconds S]`.
 
 A mutant is one small change of one machine: a comparison negated, a guard negated, a statement or call dropped, a
-constant changed. Each runs the conformance scenarios, the seeded bugs and the rule tests of its system in a process of
-its own with a time limit; the files on disk are not touched. A mutant that no test notices *survived*; one whose
-compiled code equals the original's is *equivalent* and does not count. The sample is the same for the same arguments.
+constant changed. Each runs the conformance scenarios, the seeded bugs and the rule tests of its system that reach its
+line, in a process of its own with a time limit; the files on disk are not touched. A mutant that no test notices
+*survived*. One is *equivalent* and does not count when its compiled code equals the original's, or when
+`equivalent_mutants.toml` says why nobody can tell it from the original; those are counted apart, and judged all the
+same: one that is listed and caught is an error in the list. Without --sample every mutant is judged.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import random
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Mutant", "mutants_of", "run_sample"]
+__all__ = ["Mutant", "compiled", "described", "judge", "listed", "mutants_of", "run_sample", "score_text"]
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Mutants that change nothing anybody can see, each with its reason.
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 #: Folder of each system; what lies in hardware/ counts for the system whose tests exercise it.
 FOLDERS = {
     "hpet": "hpet_broadcast",
@@ -83,13 +90,42 @@ class _Mutator(ast.NodeTransformer):
         self.index = index
         self.seen: Counter[str] = Counter()
         self.places: list[tuple[str, int, int]] = []
+        self._names: list[str] = []
+        self._statements: list[ast.stmt] = []
+        # Of the place that is changed:
+        self.statement: ast.stmt | None = None
+        self.inside = ""
+        self.before = ""
+
+    def visit(self, node: ast.AST) -> Any:
+        """Keep track of where we are."""
+        named = isinstance(node, ast.ClassDef | ast.FunctionDef)
+        if isinstance(node, ast.stmt):
+            self._statements.append(node)
+            if named:
+                self._names.append(node.name)  # type: ignore[attr-defined]
+        result = super().visit(node)
+        if isinstance(node, ast.stmt):
+            self._statements.pop()
+            if named:
+                self._names.pop()
+        return result
 
     def here(self, operator: str, node: ast.AST) -> bool:
         """Whether this is the place to change."""
         number = self.seen[operator]
         self.seen[operator] += 1
         self.places.append((operator, number, getattr(node, "lineno", 0)))
-        return operator == self.operator and number == self.index
+        wanted = operator == self.operator and number == self.index
+        if wanted:
+            self.statement = self._statements[-1]
+            self.inside = ".".join(self._names)
+            self.before = _head(self.statement)
+        return wanted
+
+    def after(self) -> str:
+        """The statement as it is now."""
+        return "pass" if self.operator == "drop" or self.statement is None else _head(self.statement)
 
     def visit_Compare(self, node: ast.Compare) -> Any:
         self.generic_visit(node)
@@ -159,19 +195,84 @@ def _files() -> Iterator[tuple[str, Path]]:
 def mutants_of(system: str, path: Path) -> list[Mutant]:
     """All mutants of a file, in the order of the file."""
     mutator = _Mutator()
-    mutator.visit(_docless(ast.parse(path.read_text(encoding="utf-8"))))
     name = path.relative_to(ROOT).as_posix()
+    mutator.visit(_docless(ast.parse(_source(name))))
     return [Mutant(system, name, operator, index, line) for operator, index, line in mutator.places]
+
+
+def _head(statement: ast.stmt) -> str:
+    """Source text of a statement; of a compound one only what stands before its body."""
+    if not hasattr(statement, "body"):
+        return ast.unparse(statement)
+    fields = {name: getattr(statement, name) for name in statement._fields}
+    fields.update({name: [] for name in ("orelse", "handlers", "finalbody") if name in fields})
+    bare = type(statement)(**{**fields, "body": [ast.Pass()]})
+    return ast.unparse(ast.fix_missing_locations(bare)).rsplit("\n", 1)[0].strip()
+
+
+def _lines(statement: ast.stmt | None) -> range:
+    """Lines whose running shows that a statement (of a compound one: its head) is reached."""
+    if statement is None:
+        return range(0)
+    body = getattr(statement, "body", None)
+    if not body:
+        return range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
+    # The compiler leaves a loop over a constant without a line of its own.
+    constant = isinstance(getattr(statement, "test", None), ast.Constant)
+    return range(statement.lineno, max(body[0].lineno + constant, statement.lineno + 1))
+
+
+@cache
+def _source(path: str) -> str:
+    """Text of a file as it was when first asked for: a run speaks of one version."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@cache
+def _original(name: str, text: str) -> Any:
+    return compile(_docless(ast.parse(text)), name, "exec")
+
+
+def compiled(mutant: Mutant, text: str) -> tuple[Any, Any, range]:
+    """Code objects of the original and the mutated file with this text, and the lines of the changed statement."""
+    name = str(ROOT / mutant.path)
+    mutator = _Mutator(mutant.operator, mutant.index)
+    tree = mutator.visit(_docless(ast.parse(text)))
+    return _original(name, text), compile(ast.fix_missing_locations(tree), name, "exec"), _lines(mutator.statement)
 
 
 def mutated(mutant: Mutant) -> tuple[Any, bool]:
     """Code object of the mutated file, and whether it is the same as the original's."""
-    path = ROOT / mutant.path
-    text = path.read_text(encoding="utf-8")
-    original = compile(_docless(ast.parse(text)), str(path), "exec")
-    tree = _Mutator(mutant.operator, mutant.index).visit(_docless(ast.parse(text)))
-    changed = compile(ast.fix_missing_locations(tree), str(path), "exec")
+    original, changed, _ = compiled(mutant, _source(mutant.path))
     return changed, changed == original
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a mutant changes, as text: in which function, which statement, into what."""
+
+    inside: str
+    original: str
+    mutated: str
+
+
+def described(mutant: Mutant) -> Text:
+    """The change in words of the source."""
+    mutator = _Mutator(mutant.operator, mutant.index)
+    mutator.visit(_docless(ast.parse(_source(mutant.path))))
+    return Text(mutator.inside, mutator.before, mutator.after())
+
+
+def listed() -> list[dict[str, Any]]:
+    """Entries of `equivalent_mutants.toml`: file, in, original, mutated, reason."""
+    if not EQUIVALENT.exists():
+        return []
+    entries: list[dict[str, Any]] = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutant", [])
+    return entries
+
+
+def _reasons() -> dict[tuple[str, Text], str]:
+    return {(e["file"], Text(e["in"], e["original"], e["mutated"])): e["reason"] for e in listed()}
 
 
 # -- inside the process of one mutant --------------------------------------------------------------------------------
@@ -192,6 +293,7 @@ def _install(mutant: Mutant, code: Any) -> None:
 
 def _notices(system: str) -> str:
     """Which part of the suite notices, "" if none does: scenarios, seeded bugs, rule tests; cheapest first."""
+    from bench.mutation_judge import rule_tests
     from replay.scenario import load_scenario, mismatches, run_scenario
     from tracetool.seeded import BUGS
     from tracetool.seeded.check import check_bug
@@ -206,9 +308,7 @@ def _notices(system: str) -> str:
     for bug in BUGS:
         if bug.system == system and check_bug(bug)["problems"]:
             return "seeded"
-    tests = {"apic": ["test_apic_rules.py", "test_ioapic_rules.py"]}.get(system, [f"test_{system}_rules.py"])
-    paths = [str(ROOT / "tests" / "conformance" / name) for name in tests]
-    paths = [path for path in paths if Path(path).exists()]
+    paths = rule_tests(system)
     if paths:
         import pytest
 
@@ -238,78 +338,134 @@ def _child(mutant: Mutant) -> None:
 
 
 def judge(mutant: Mutant, seconds: float) -> tuple[str, str]:
-    """Verdict (caught, survived, equivalent) and who noticed; a run beyond `seconds` is caught by the time limit."""
+    """Verdict (caught, survived, equivalent) of a fresh process, and who noticed; beyond `seconds` it is caught."""
     command = [sys.executable, __file__, "--one", json.dumps(asdict(mutant))]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return "caught", "time limit"
     if done.returncode == 3:
-        return "equivalent", ""
+        return "equivalent", "same code"
     if done.returncode == 0:
         return "survived", ""
     lines = done.stdout.strip().splitlines()
     return "caught", lines[-1] if lines else "crash"
 
 
+def _warm(system: str, mutants: Sequence[Mutant], budget: float) -> Iterator[dict[str, Any]]:
+    """Verdicts of a warmed process (`mutation_judge.py`), in the order of the mutants, as far as the budget goes."""
+    paths = sorted({m.path for m in mutants})
+    digests = {path: hashlib.sha256(_source(path).encode()).hexdigest() for path in paths}
+    request = {"system": system, "mutants": [asdict(m) for m in mutants], "files": digests, "budget": budget}
+    command = [sys.executable, "-m", "bench.mutation_judge"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request))
+        process.stdin.close()
+        for line in process.stdout:
+            message = json.loads(line)
+            if message.get("failed"):
+                raise SystemExit(f"{system}: the suite fails without a mutant already ({', '.join(message['failed'])})")
+            yield message
+
+
 def run_sample(
-    count: int, *, seed: int = 1, seconds: float = 30.0, budget: float = 1e9, systems: Sequence[str] = ()
+    count: int | None = None,
+    *,
+    seed: int = 1,
+    seconds: float = 30.0,
+    budget: float = 1e9,
+    systems: Sequence[str] = (),
+    only: str = "",
+    skip: str = "",
 ) -> list[dict[str, Any]]:
-    """Judge `count` mutants chosen by `seed` (all of them when there are fewer), as far as `budget` seconds go."""
+    """Judge `count` mutants chosen by `seed` (None, or more than there are: all), as far as `budget` seconds go.
+
+    `seconds` is the limit of one mutant in a process of its own; `only` and `skip` are parts of "path:function".
+    Each result has the fields of its mutant, the verdict (caught, survived, equivalent), `by` (who noticed, or why
+    it is equivalent) and the change as text.
+    """
     everything = [m for system, path in _files() if not systems or system in systems for m in mutants_of(system, path)]
-    chosen = random.Random(seed).sample(everything, min(count, len(everything)))
-    for system, path in {m.system: m.path for m in chosen}.items():
-        verdict, by = judge(Mutant(system, path, BASELINE, 0, 0), 10 * seconds)
-        if verdict != "survived":
-            raise SystemExit(f"{system}: the suite fails without a mutant already ({by})")
-    results = []
+    if only or skip:
+        names = {m: f"{m.path}:{described(m).inside}" for m in everything}
+        everything = [m for m in everything if only in names[m] and not (skip and skip in names[m])]
+    everything = random.Random(seed).sample(everything, len(everything))[:count]
+    results: list[dict[str, Any]] = []
+    reasons = _reasons()
     start = time.monotonic()
-    for mutant in chosen:
-        if time.monotonic() - start > budget:
+    for system in dict.fromkeys(m.system for m in everything):
+        mutants = [m for m in everything if m.system == system]
+        left = budget - (time.monotonic() - start)
+        if left <= 0:
             break
-        verdict, by = judge(mutant, seconds)
-        results.append({**asdict(mutant), "verdict": verdict, "by": by})
-        if sys.stderr.isatty() or verdict == "survived":
-            where = f"{mutant.path}:{mutant.line} {mutant.operator}"
-            print(f"{len(results)}/{len(chosen)} {verdict} {where}", file=sys.stderr, flush=True)
+        for message in _warm(system, mutants, left):
+            if "units" in message:
+                print(f"{system}: {message['units']} tests, {message['seconds']} s", file=sys.stderr, flush=True)
+                continue
+            mutant, verdict, by = mutants[message["number"]], message["verdict"], message["by"]
+            if verdict == "fresh":
+                verdict, by = judge(mutant, seconds)
+            text = described(mutant)
+            reason = reasons.get((mutant.path, text))
+            if reason and verdict == "survived":
+                verdict, by = "equivalent", f"listed: {reason}"
+            if reason and verdict == "caught":
+                by = f"{by} (but listed as equivalent)"
+            results.append({**asdict(mutant), "verdict": verdict, "by": by, **asdict(text)})
+            if verdict == "survived":
+                where = f"{mutant.path}:{mutant.line} {mutant.operator}"
+                print(f"{len(results)}/{len(mutants)} survived {where}", file=sys.stderr, flush=True)
     return results
 
 
 def score_text(results: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: a row for each system, and what noticed."""
-    lines = ["| system | mutants | caught | survived | equivalent | score |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| system | mutants | same code | caught | equivalent with reason | survived | score |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for system in [*FOLDERS, "all"]:
         of = [r for r in results if system in (r["system"], "all")]
         if of:
             verdicts = Counter(r["verdict"] for r in of)
+            reasoned = sum(r["verdict"] == "equivalent" and r["by"].startswith("listed") for r in of)
             counted = len(of) - verdicts["equivalent"]
-            score = f"{100 * verdicts['caught'] / counted:.0f} %" if counted else "-"
+            score = f"{100 * verdicts['caught'] / counted:.1f} %" if counted else "-"
             lines.append(
-                f"| {system} | {len(of)} | {verdicts['caught']} | {verdicts['survived']} | "
-                f"{verdicts['equivalent']} | {score} |"
+                f"| {system} | {len(of)} | {verdicts['equivalent'] - reasoned} | {verdicts['caught']} | {reasoned} | "
+                f"{verdicts['survived']} | {score} |"
             )
-    by = Counter(r["by"].split()[0] for r in results if r["verdict"] == "caught")
+    by = Counter(r["by"] if r["by"] in ("rule test", "time limit") else r["by"].split()[0]
+                 for r in results if r["verdict"] == "caught")  # fmt: skip
     lines += ["", "noticed by: " + ", ".join(f"{name} {n}" for name, n in by.most_common())]
+    wrong = [f"{r['path']}:{r['line']}" for r in results if r["by"].endswith("(but listed as equivalent)")]
+    if wrong:
+        lines += ["", f"listed as equivalent, but caught: {', '.join(wrong)}"]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sample", type=int, default=30, help="how many mutants (default 30)")
+    parser.add_argument("--sample", type=int, help="how many mutants (default: all)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new ones after this many seconds")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds for one mutant")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a mutant in a process of its own")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--system", action="append", default=[], choices=list(FOLDERS))
-    parser.add_argument("--json", action="store_true", help="every mutant, one JSON document")
+    parser.add_argument("--only", default="", help="only where path:Class.function contains this")
+    parser.add_argument("--skip", default="", help="not where path:Class.function contains this")
+    parser.add_argument("--json", metavar="FILE", help="write every mutant there, one JSON document")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         _child(Mutant(**json.loads(options.one)))
     results = run_sample(
-        options.sample, seed=options.seed, seconds=options.limit, budget=options.seconds, systems=options.system
-    )
-    print(json.dumps(results, indent=1) if options.json else score_text(results))
+        options.sample, seed=options.seed, seconds=options.limit, budget=options.seconds, systems=options.system,
+        only=options.only, skip=options.skip,
+    )  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(score_text(results))
 
 
 if __name__ == "__main__":
