@@ -747,6 +747,189 @@ def test_lockstep_counts_latches_that_stay_behind() -> None:
         assert m["lockstep.gic_latches_left_behind"] == left
 
 
+def test_the_story_names_each_register() -> None:
+    written = [dist(10, 0x104, 1 << 8), cpu_if(11, 4, 0xF0), cpu_if(12, 4, 0xF0, flags=1), cpu_if(13, 0, 1, flags=2),
+               eoi(14, 40, virtual=1), dirs(15, 40, virtual=1), dirs(16, 40)]  # fmt: skip
+    (f,) = [f for f in replay([*RESET, *written, ack(20, 40)], end=30, observed=ALL).findings if f.code.name == EXTRA]
+    assert [e.label for e in f.evidence] == [
+        "GICD 0x104 = 0x100 by cpu 0", "GICC 0x4 = 0xf0 by cpu 0", "GICV 0x4 = 0xf0 by cpu 0",
+        "GICH 0x0 = 0x1 by cpu 0", "virtual EOIR 0x28 by cpu 0", "virtual DIR 0x28 by cpu 0", "DIR 0x28 by cpu 0",
+        "IAR 0x28 by cpu 0",
+    ]  # fmt: skip
+    last = [cpu_if(17, 0, 1, flags=3), eoi(18, 60), ack(20, 60, virtual=1)]
+    f = replay([*RESET, *GUEST, *last], end=30, observed=ALL).findings[-1]
+    assert [e.label for e in f.evidence][-3:] == ["GICH 0x0 = 0x1 by cpu 0", "EOIR 0x3c by cpu 0", "virtual IAR 0x3c by cpu 0"]
+
+
+def test_lockstep_has_at_least_the_private_interrupts_and_one_list_register_and_at_most_64() -> None:
+    first = [dist(6, 0x104, 1), dist(7, 0x800 + 32, 1, 1), line(10, 32, 1), ack(11, 1023)]
+    assert lockstep([*RESET, *first], irqs=1) == ({"ack": (1, 1, 0, 0)}, [])
+    assert [t for t, _, _ in lockstep([*RESET, *first], irqs=33)[1]] == [11]
+    for nr_lrs, there in ((0, 1), (100, 64)):
+        reads = [hyp_read(10, 0x100 + 4 * (there - 1), 0), hyp_read(11, 0x100 + 4 * there, 0)]
+        assert lockstep([*RESET, *reads], nr_lrs=nr_lrs)[0] == {"gich_read": (1, 1, 0, 0)}
+
+
+def test_lockstep_one_cause_is_one_mismatch_whatever_it_was() -> None:
+    level = [line(20, 40, 1), ack(30, 1023), ack(40, 40)]
+    assert [t for t, _, _ in lockstep([*RESET, *level])[1]] == [30]
+    edge = [dist(6, 0xC00 + 10, 2, 1), line(20, 40, 1), ack(30, 1023), ack(40, 1023)]
+    assert [t for t, _, _ in lockstep([*RESET, *edge])[1]] == [30]
+    sgi = [dist(6, 0xF00, 1 << 16), ack(30, 1023), ack(40, 1023)]  # SGI 0 for core 0
+    assert lockstep([*RESET, *sgi])[1] == [(30, "gic ack cpu 0x0 0x0", "gic ack cpu 0x0 0x3ff")]
+    two = [*GUEST, cpu_if(17, 0x104, lr_word(60, PENDING, 0x80), flags=2), ack(20, 50, virtual=1)]
+    after = [hyp_read(21, 0x0F0, 1 << 20), hyp_read(22, 0x104, lr_word(60, PENDING, 0x80)), ack(23, 60, virtual=1)]
+    assert [t for t, _, _ in lockstep([*RESET, *two, *after])[1]] == [20]
+
+
+def test_lockstep_compares_a_private_interrupt_without_a_core_with_core_0() -> None:
+    timer = [dist(6, 0x100, 1 << 27), dist(7, 0x400 + 27, 0x40, 1), line(10, 27, 1), ack(11, 27)]
+    assert lockstep([*RESET, *timer]) == ({"ack": (1, 1, 0, 0)}, [])
+
+
+LEVEL = dist(1, 0xC00 + 10, 0, 1)  # 40 to 43 are level
+
+
+@pytest.mark.parametrize(
+    ("events", "counts"),
+    [
+        # Enabled and triggered how: only when both were seen, and on this core.
+        ([LEVEL, best(10, 40, 0xA0, 0x100), ack(20, 40)], (1, 1, 0, 0)),
+        ([LEVEL, best(10, 43, 0xA0, 0x100), ack(20, 43)], (1, 1, 0, 0)),
+        ([LEVEL, best(10, 39, 0xA0, 0x100), ack(20, 39)], (0, 1, 0, 1)),
+        ([LEVEL, best(10, 44, 0xA0, 0x100), ack(20, 44)], (0, 1, 0, 1)),
+        ([best(10, 32, 0xA0, 0x100), ack(20, 32)], (0, 1, 0, 1)),
+        ([best(10, 31, 0xA0, 0x100), ack(20, 31)], (1, 1, 0, 0)),
+        ([best(10, 27, 0xA0, 0x100), ack(20, 27, cpu=1)], (0, 1, 0, 1)),
+        ([best(10, 27, 0xA0, 0x100, virtual=1), ack(20, 27)], (0, 1, 0, 1)),
+        ([dist(1, 0xC00 + 10, 2, 1), best(10, 40, 0xA0, 0x100), ack(20, 40)], (1, 1, 0, 0)),  # an edge is latched
+        # It may be meant for several cores.
+        ([LEVEL, best(10, 40, 0xA0, 0x100), best(11, 40, 0xA0, 0x100, cpu=1), ack(20, 40, cpu=1)], (1, 1, 0, 0)),
+        # Banked priorities: what core 1 says of its 27 is nothing about core 0's.
+        ([best(10, 27, 0x80, 0x100), best(11, 27, 0x20, 0x100, cpu=1), best(12, 26, 0x40, 0x100), ack(20, 26)],
+         (1, 1, 0, 0)),
+        # Nothing was ever said of it.
+        ([ack(20, 0)], (0, 1, 0, 1)),
+        ([dist(0, 0x104, 1 << 8), ack(20, 41)], (0, 1, 0, 1)),
+        # A level interrupt whose line was never seen may still be up after it was taken.
+        ([ack(20, 27), eoi(30, 27), ack(40, 27)], (0, 2, 0, 2)),
+        # Its line is up, and yet the core is told of nothing: then it is an edge, and over.
+        ([best(10, 40, 0xA0, 0x100), ack(20, 1023), ack(30, 1023)], (1, 2, 0, 1)),
+        # Nothing of this outlives a gap.
+        ([LEVEL, best(10, 40, 0xA0, 0x100), lost(11), ack(20, 40)], (0, 1, 0, 1)),
+        ([LEVEL, best(10, 40, 0xA0, 0x100), lost(11), best(12, 40, 0xA0, 0x100), ack(20, 40)], (0, 1, 0, 1)),
+        ([*RESET, line(10, 40, 1), lost(11), best(12, 27, 0xB0, 0x100), ack(13, 27)], (1, 1, 0, 0)),
+    ],
+)  # fmt: skip
+def test_lockstep_that_begins_late_knows_what_it_saw(events: list[Event], counts: tuple[int, ...]) -> None:
+    assert lockstep(events) == ({"ack": counts, **lockstep([e for e in events if e[1] != "gic.ack"])[0]}, [])
+
+
+def test_lockstep_that_begins_late_learns_registers_and_running_priorities() -> None:
+    again = [ack(20, 27), eoi(30, 27), ack(40, 27), eoi(50, 27)]  # private, taken again without DIR: EOImode was 0
+    assert replay(again, end=S, observed=ALL).metrics["lockstep.gic_deactivations"] == 1
+    for offset in (0x104, 0x108, 0x10C, 0x0F0):
+        counts, wrong = lockstep([hyp_read(40, offset, 0), hyp_read(50, offset, 0)])
+        assert (counts["gich_read"], wrong) == ((1, 2, 0, 1), [])
+    counts, wrong = lockstep([best(10, 1023, 0x100, 0x60), ack(20, 1023), best(30, 1023, 0x100, 0x60), ack(40, 1023)])
+    assert (counts["running_priority"], wrong) == ((1, 2, 0, 1), [])
+    counts, wrong = lockstep([best(10, 1023, 0x100, 0x80, virtual=1), ack(20, 1023)])
+    assert (counts["virtual_running_priority"], wrong) == ((0, 1, 0, 1), [])
+    every = [cpu_if(n, offset, 0, flags=2) for n, offset in enumerate((0, 8, 0xF0, 0x100, 0x104, 0x108, 0x10C))]
+    assert lockstep([*every, ack(20, 1023, virtual=1)])[0] == {"virtual_ack": (1, 1, 0, 0)}
+    assert lockstep([*every[1:], ack(20, 1023, virtual=1)])[0] == {"virtual_ack": (0, 1, 0, 1)}
+
+
+def test_lockstep_compares_the_virtual_running_priority_with_the_virtual_interface() -> None:
+    counts, wrong = lockstep([*RESET, *GUEST, best(21, 1023, 0x100, 0x60, virtual=1), ack(22, 1023)])
+    assert counts["virtual_running_priority"] == (1, 1, 1, 0)
+    assert wrong == [(21, "gic virtual running priority cpu 0x0 0x100", "gic virtual running priority cpu 0x0 0x60")]
+
+
+def test_lockstep_compares_nothing_across_a_gap_and_tells_nothing_of_before() -> None:
+    assert lockstep([*RESET, best(10, 1023, 0x100, 0x80), lost(11), line(12, 40, 1)])[1] == []
+    after = [(t + 20, kind, fields) for t, kind, fields in RESET]
+    assert lockstep([*RESET, lost(10), *after, ack(40, 40)])[1] == []  # the second one proves nothing: open
+    run = replay([*RESET, lost(10), line(11, 41, 1), hyp_read(12, 0x100, 0), hyp_read(13, 0x100, 1)], end=S,
+                 observed=ALL)  # fmt: skip
+    assert [e.label for e in run.findings[0].evidence] == ["line of 0x29 = 0x1"]
+
+
+def test_lockstep_counts_drops_of_either_interface() -> None:
+    m = replay([*RESET, *GUEST, *ENDED, eoi(60, 40)], end=S, observed=ALL).metrics
+    assert (m["lockstep.gic_priority_drops"], m["lockstep.gic_virtual_priority_drops"]) == (2, 1)
+
+
+def test_lockstep_counts_the_first_shared_interrupt_left_behind() -> None:
+    edge = [dist(6, 0xC00 + 8, 2, 1), dist(7, 0x800 + 32, 1, 1), line(10, 32, 1), dist(12, 0x800 + 32, 2, 1)]
+    m = replay([*RESET, *edge], end=S, observed=ALL, latch_pinned=1).metrics
+    assert m["lockstep.gic_latches_left_behind"] == 1
+
+
+# -- details of the registers --------------------------------------------------------------------------------------
+
+
+def test_after_reset_nothing_is_forwarded() -> None:
+    d = GicDistributor(64, 2)
+    d.send_sgi(1, 0, 1)
+    assert d.best_pending(0) == -1
+    d.write(0, 4, 1, 0)
+    assert d.best_pending(0) == 1
+    c = GicCpuInterface(d, 0)
+    c.write(4, 0xFF)
+    assert c.signalled() == -1  # GICC_CTLR is 0
+    c.write(0, 1)
+    assert c.signalled() == 1
+
+
+def test_binary_point_0_compares_seven_bits() -> None:
+    d = gicd()
+    c = gicc(d)
+    d.write(0x400 + 40, 1, 0xA2, 0)
+    d.set_line(40, 1)
+    c.acknowledge()
+    d.send_sgi(1, 0, 1)
+    for priority, preempts in ((0xA3, -1), (0xA1, 1), (0xA0, 1)):
+        d.write(0x400 + 1, 1, priority, 0)
+        assert c.signalled() == preempts
+
+
+def test_a_write_reaches_no_further_than_its_size() -> None:
+    d = gicd()
+    d.write(0x104, 1, 0x1FF, 0)
+    assert d.enabled[32:42] == [3] * 9 + [0]  # 40 was before
+    d.write(0xC00 + 10, 1, 0x2AA, 0)
+    assert d.edge[39:45] == [False, True, True, True, True, False]
+    d.write(0xC00 + 10, 1, 2 << 4, 0)
+    assert d.edge[40:44] == [False, False, True, False]
+    d.write(0xF30, 4, 0xFF, 0)  # beyond SPENDSGIR
+    assert not any(d.latch)
+
+
+def test_an_sgi_taken_without_a_source_leaves_none() -> None:
+    d = gicd()
+    assert d.activate(3, 0) == 0
+    d.deactivate(3, 0)
+    d.send_sgi(3, 1, 1)
+    assert (d.activate(3, 0), d.latch[3]) == (1, 0)
+
+
+def test_dir_is_not_missing_for_what_was_taken_again() -> None:
+    """It could not be taken while it was active (S6.3)."""
+    before = [cpu_if(5, 0, 0x201), ack(10, 40), eoi(20, 40), dirs(30, 40), ack(40, 40), eoi(50, 40)]
+    assert codes(replay([*before, ack(60, 40)], end=500, dir_ns=100)) == []
+    assert told(replay(before, end=500, dir_ns=100)) == [(NO_DIR, 150, 40, 100)]
+
+
+def test_priority_inversion_is_against_the_innermost() -> None:
+    nested = [ack(10, 40, 0xA0), ack(20, 50, 0x80), ack(30, 60, 0x90)]
+    assert [(f.code.name, f.t, f.obj) for f in replay(nested, end=100).findings] == [(INVERSION, 30, 60)]
+
+
+def test_a_gap_of_core_0_leaves_core_1_alone() -> None:
+    assert codes(replay([ack(1, 40, cpu=1), eoi(2, 40, cpu=1), lost(5, 0), eoi(10, 40, cpu=1)])) == [UNMATCHED]
+
+
 def test_every_code_is_named_in_a_test() -> None:
     text = open(__file__, encoding="utf-8").read()  # noqa: PTH123, SIM115
     assert [code.name for code in CODES if f'"{code.name}"' not in text] == []

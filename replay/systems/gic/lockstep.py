@@ -41,6 +41,8 @@ RUNNING: Final = 3
 
 VIRTUAL: Final = 1
 HYPERVISOR: Final = 2
+GICC_CTLR: Final = 0x0000
+GICC_PMR: Final = 0x0004
 EOIR: Final = 0x10
 GICC_DIR: Final = 0x1000
 GICH_HCR: Final = 0x000
@@ -51,7 +53,6 @@ MAX_CPUS: Final = 8
 MAX_IRQS: Final = 1020
 MAX_LRS: Final = 64
 INTID: Final = 0x3FF
-FIRST_SPECIAL: Final = 1020
 SPURIOUS: Final = 1023
 EOIMODE: Final = 1 << 9
 ITARGETSR: Final = 0x800
@@ -108,8 +109,9 @@ class GicLockstep(Lockstep):
         self.nr_lrs = min(max(config.integer("nr_lrs"), 1), MAX_LRS)
         self.distributor = GicDistributor(self.irqs, MAX_CPUS, pinned=bool(config.integer("latch_pinned")))
         self.cores: list[_Interfaces] = []
-        self.known = False  # everything, from the beginning
-        self.familiar: set[int] = set()  # interrupts (`bank`) whose enable and priority are known
+        self.gap = False  # after one, a write of GICD_CTLR is no beginning
+        self.known: bool  # everything, from the beginning
+        self.familiar: set[tuple[int, int]] = set()  # (interrupt, core) of which enable and priority are known
         self.configured: set[int] = set()  # SPIs of which ICFGR was written
         self.deferred: list[tuple[int, int, int, int, int]] = []
         self.drops = [0, 0]
@@ -128,8 +130,8 @@ class GicLockstep(Lockstep):
         if not known:
             d.ctlr = 1
             for core in self.cores:
-                core.physical.ctlr = 0x201
-                core.physical.pmr = 0xFF
+                core.physical.write(GICC_CTLR, EOIMODE | 1)
+                core.physical.write(GICC_PMR, 0xFF)
 
     def watch(self, rows: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
         """Passes the machine's rows on, having fed them to the models."""
@@ -178,7 +180,7 @@ class GicLockstep(Lockstep):
     def dist(self, cpu: int, offset: int, value: int, size: int) -> None:
         """A distributor write; the one to CTLR before anything else says that the recording is complete."""
         d = self.distributor
-        if offset == 0 and not self.known and not any(self.observed):
+        if offset == 0 and not self.known and not self.gap and not any(self.observed):
             self.reset(known=True)
         d.write(offset, size, value, cpu)
         if ICFGR <= offset < ICFGR + 0x100:
@@ -221,15 +223,17 @@ class GicLockstep(Lockstep):
         core = self.cores[cpu]
         self._story.append((t, seq, "virtual IAR" if flags & 1 else "IAR", cpu, value, NIL))
         if flags & 1:
+            words, apr = list(core.lrs.words), core.lrs.apr
             expected = core.lrs.acknowledge_virtual() if not core.unknown else NIL
             self.compare(VIRTUAL_ACK, cpu, value, expected, t, seq)
             if expected != value:
+                core.lrs.words, core.lrs.apr = words, apr
                 self.take_virtual(core, value)
             return
         irq = value & INTID
         signalled = core.physical.signalled()
         certain = self.sure(irq, cpu) and self.sure(signalled, cpu)
-        if signalled == irq or (signalled < 0 and irq >= FIRST_SPECIAL):
+        if signalled == irq:
             expected = core.physical.acknowledge()
             self.compare(PHYSICAL_ACK, cpu, value, expected if certain else NIL, t, seq)
             return
@@ -241,15 +245,11 @@ class GicLockstep(Lockstep):
         if irq < self.irqs:
             self.take(core, irq, cpu)
 
-    def bank(self, irq: int, cpu: int) -> int:
-        """Key of an interrupt; private ones are banked."""
-        return irq << 3 | cpu if irq < 32 else irq << 3
-
     def sure(self, irq: int, cpu: int) -> bool:
         """Whether it is known what this interrupt does: it is enabled, and for an SPI how it is triggered."""
-        if self.known or irq < 0 or irq >= FIRST_SPECIAL:
+        if self.known or irq < 0 or irq >= MAX_IRQS:
             return True
-        return self.bank(irq, cpu) in self.familiar and (irq < 32 or irq in self.configured)
+        return (irq, cpu) in self.familiar and (irq < 32 or irq in self.configured)
 
     def take(self, core: _Interfaces, irq: int, cpu: int) -> None:
         """U4: it was taken, whatever the model thought."""
@@ -257,7 +257,6 @@ class GicLockstep(Lockstep):
         mask = 1 << cpu if irq < 32 else d.all
         if not self.known and d.active[irq] & mask:
             core.physical.ctlr &= ~EOIMODE
-        self.familiar.add(self.bank(irq, cpu))
         d.enabled[irq] |= mask
         core.physical.stack.append(d.priority_of(irq, cpu))
         d.activate(irq, cpu)
@@ -294,15 +293,14 @@ class GicLockstep(Lockstep):
             if value != expected:
                 wanted = self.text(GICH_READ, cpu, offset, NONE, expected)
                 self.report_extra(GICH_READ, t, seq, cpu, offset, NONE, value, wanted)
-        if value != expected or offset in core.unknown:
-            core.write(offset, value)
+        core.write(offset, value)
 
     def best(self, cpu: int, irq: int, priority: int, running: int, flags: int, t: int, seq: int) -> None:
         """The emulator looked for the best pending interrupt. It prints this inside an IAR read before the read."""
         if cpu < 0:
             return
         core = self.cores[cpu]
-        if not self.known and not flags & 1 and irq < self.irqs and self.bank(irq, cpu) not in self.familiar:
+        if not self.known and not flags & 1 and irq < self.irqs and (irq, cpu) not in self.familiar:
             self.introduce(irq, cpu, priority)
         now = core.lrs.running_priority() if flags & 1 else core.physical.running_priority()
         if now == running or (flags & 1 and core.unknown):
@@ -314,20 +312,17 @@ class GicLockstep(Lockstep):
             self.deferred.append((cpu, running, flags & 1, t, seq))
 
     def introduce(self, irq: int, cpu: int, priority: int) -> None:
-        """U4: an interrupt of which nothing was known is enabled, pending here, and of this priority."""
+        """U4: an interrupt of which nothing was known on this core is enabled, pending here, and of this priority."""
         d = self.distributor
-        self.familiar.add(self.bank(irq, cpu))
-        mask = 1 << cpu if irq < 32 else d.all
+        self.familiar.add((irq, cpu))
+        mask = 1 << cpu
         d.enabled[irq] |= mask
-        for core in range(MAX_CPUS):
-            d.priority[irq * MAX_CPUS + core] = priority
-        if irq >= 32:
-            d.targets[irq] |= 1 << cpu
-            d.line[irq] = d.all
-        elif irq >= 16:
-            d.line[irq] |= mask
-        else:
+        d.targets[irq] |= mask
+        d.priority[irq * MAX_CPUS + cpu] = priority
+        if d.edge[irq]:
             d.latch[irq] |= mask
+        else:
+            d.line[irq] |= mask
 
     def check_deferred(self) -> None:
         """Running priorities that did not agree, now that what they were printed for is known."""
@@ -345,6 +340,7 @@ class GicLockstep(Lockstep):
     def forget(self) -> None:
         """Records were lost (U2)."""
         super().forget()
+        self.gap = True
         self.distributor = GicDistributor(self.irqs, MAX_CPUS, pinned=self.distributor.pinned)
         self.reset(known=False)
 

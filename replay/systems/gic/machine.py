@@ -151,13 +151,12 @@ class GicMachine(Machine):
             self.unit(cpu, 1).forget()
 
     def acknowledge(self, unit: Interface, irq: int, priority: int) -> None:
-        """GICC_IAR. An interrupt that is taken was not active, so nothing older of it is in service here."""
+        """GICC_IAR. An interrupt that is taken was not active: whatever deactivated it, DIR is not missing."""
         if irq >= FIRST_SPECIAL:
             self.spurious += 1
             self.monitor.spurious(unit, irq)
             return
         self.acks += 1
-        unit.settled.add(irq)
         unit.dropped.pop(irq, None)
         if unit.stack and priority != NIL:
             running = unit.stack[-1]
@@ -187,7 +186,6 @@ class GicMachine(Machine):
             return
         unit.settled.add(irq)
         if unit.eoimode == 1 and irq in unit.by_dir:
-            unit.dropped.pop(irq, None)
             unit.dropped[irq] = self.now
             if not unit.watch_dir:
                 unit.watch_dir = True
