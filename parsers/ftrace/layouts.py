@@ -11,7 +11,7 @@ import pyarrow as pa
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.swar import Text
 
-__all__ = ["FEWEST_LINES", "LAYOUTS", "MOST_TEMPLATES", "Fast", "Layout", "Lines", "detect", "fixed_columns"]
+__all__ = ["FEWEST_LINES", "LAYOUTS", "MOST_TEMPLATES", "Fast", "Layout", "Lines", "detect", "fixed_columns", "named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +187,30 @@ def fixed_columns(data: Array, starts: Array, ends: Array, rows: Array, fast: Fa
     return Lines(taken, head, good, word, words, stamp.astype(np.int64), begin + width), left
 
 
+def named(data: Array, starts: Array, templates: list[Fast], only: frozenset[str]) -> Array:
+    """Which lines may show one of the events `only`: those that fit no template, and those with such a name."""
+    kept = np.ones(starts.size, dtype=bool)
+    rows = np.arange(starts.size)
+    words = Text(data).words
+    for fast in templates:
+        begin = starts if rows.size == starts.size else starts[rows]
+        fits = _literals_fit(data, begin, fast, np.ones(rows.size, dtype=bool))
+        start = words[np.minimum(begin + (fast.colon + 2), words.size - 1)]
+        # --ts-diff puts "(+12) " before the name
+        wanted = (start & np.uint64(255)) == 40 if fast.layout.pads else np.zeros(rows.size, dtype=bool)
+        for text in {(name.encode() + b":")[:8] for name in only}:
+            mask = np.uint64((1 << 8 * len(text)) - 1)
+            wanted |= (start & mask) == np.uint64(int.from_bytes(text, "little"))
+        if fits.all():
+            kept[rows] = wanted
+            break
+        kept[rows[fits]] = wanted[fits]
+        rows = rows[~fits]
+    return kept
+
+
 def _literals_fit(data: Array, begin: Array, fast: Fast, fits: Array) -> Array:
-    """Whether a line's fixed characters stand where they should; looks at no line that does not fit already."""
+    """Whether a line's fixed characters stand where they should, among lines that fit so far."""
     masks: dict[int, tuple[int, int]] = {}
     for column, byte in fast.literals().items():
         at, shift = column // 8 * 8, column % 8 * 8

@@ -14,7 +14,7 @@ import pyarrow as pa
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.batch import Scan, classify
 from parsers.ftrace.build import MARKERS, Builder
-from parsers.ftrace.layouts import LAYOUTS, Fast, Layout, detect
+from parsers.ftrace.layouts import LAYOUTS, Fast, Layout, detect, named
 from parsers.ftrace.notes import NOTES, note
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Table
@@ -213,7 +213,7 @@ class FtraceTextReader:
         returns = data[ends - 1] == 13  # before the first byte stands a spare one
         if returns.any():
             ends = ends - returns
-        kept = self._wanted(text, starts, ends)
+        kept = self._wanted(data, text, starts)
         if kept is not None:
             starts, ends = starts[kept], ends[kept]
         scan, sources = classify(data, text, starts, ends, self._templates, self._layouts, self._dot)
@@ -241,14 +241,18 @@ class FtraceTextReader:
         self._line += lines
         return tables
 
-    def _wanted(self, text: bytes, starts: Array, ends: Array) -> Array | None:
+    def _wanted(self, data: Array, text: bytes, starts: Array) -> Array | None:
         """Indices of the lines that `only` asks for, and of those that are no records; None: all lines.
 
-        Names are searched in the whole text at once, so a line may hold one elsewhere: `Builder` looks again.
+        A line may be kept that nobody wants: `Builder` looks again.
         """
         only = self._options.only
         if not only or only & NEED_CONTEXT:
             return None
+        self._lines_in = int(starts.size)
+        if self._templates:
+            return np.flatnonzero(named(data, starts, self._templates, only))
+        # names are searched in the whole text at once, so a line may hold one elsewhere
         before = b":" if self._layout.name == "perf" else b" "
         places: list[int] = []
         for name in only:
@@ -260,11 +264,10 @@ class FtraceTextReader:
                 at = text.find(word, at + len(word))
         wanted = np.zeros(starts.size, dtype=bool)
         wanted[np.searchsorted(starts, np.array(places, dtype=np.int64), side="right") - 1] = True
-        first = np.frombuffer(text, dtype=np.uint8)[starts]
+        first = data[starts]
         for row in np.flatnonzero((first == 35) | (first == 67)).tolist():
             # headers, marks of started buffers and of lost records
             wanted[row] |= text.startswith((b"#", b"CPU:"), int(starts[row]))
-        self._lines_in = int(starts.size)
         return np.flatnonzero(wanted)
 
     @staticmethod
