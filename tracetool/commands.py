@@ -36,7 +36,11 @@ def ingest(recordings: Sequence[str], output: Path, options: IngestOptions, *, j
 def info(target: str, options: IngestOptions, *, json: bool, budget: bool = False) -> int:
     """`tracetool info`; `budget` follows wakes from the deadline to the guest's handler."""
     dataset = open_dataset(target, options)
-    spent = describe.wake_budget(dataset) if budget else None
+    spent = None
+    if budget:
+        from tracetool.report.tables import wake_budget
+
+        spent = wake_budget(dataset)
     if json:
         document = describe.info_document(dataset)
         print(jsonlib.dumps(document if spent is None else {**document, "budget": spent}))

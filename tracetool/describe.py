@@ -20,7 +20,6 @@ __all__ = [
     "info_text",
     "ingest_document",
     "ingest_text",
-    "wake_budget",
     "wake_budget_text",
 ]
 
@@ -77,6 +76,8 @@ def ingest_text(done: Ingested) -> str:
 
 
 def _clock(clock: Mapping[str, Any]) -> str:
+    if clock["kind"] == "none":
+        return f"none: {clock['doc']}"
     if clock["hz"] is None:
         return f"unknown frequency, times stay in ticks ({clock['doc']}); give --cpu-hz"
     error = f", +-{clock['error_ppm']:.2g} ppm" if clock.get("error_ppm") is not None else ""
@@ -138,23 +139,6 @@ def info_document(dataset: Dataset) -> dict[str, Any]:
         },
         "seen": {name: sight_document(sight(SYSTEMS[name], of)) for name, of in rules.items()},
     }
-
-
-def wake_budget(dataset: Dataset) -> dict[str, Any]:
-    """Where the time goes from a broadcast deadline to the guest's handler (`replay.budget`)."""
-    import polars as pl
-
-    from replay.budget import KINDS, budget, wakes
-
-    columns = ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val")
-    events = (
-        dataset.events()
-        .select(columns)
-        .with_columns(pl.col("kind").cast(pl.String))
-        .filter(pl.col("kind").is_in(list(KINDS)))
-        .collect()
-    )
-    return budget(wakes(events))
 
 
 def wake_budget_text(spent: dict[str, Any]) -> Sequence[str]:

@@ -130,7 +130,12 @@ def _events(dataset: Dataset) -> pl.LazyFrame:
     """Canonical events with `origin` spread, so that plain columns answer plain questions."""
     origin = pl.col("origin").struct
     spread = [origin.field(name) for name in ("file", "offset", "raw_kind")]
-    return dataset.events().with_columns(*spread).drop("origin")
+    return _plain(dataset.events().with_columns(*spread).drop("origin"))
+
+
+def _plain(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Categories as strings: SQL's LIKE and || know no others."""
+    return frame.with_columns(pl.selectors.by_dtype(pl.Categorical).cast(pl.String))
 
 
 def _small(dataset: Dataset, name: str) -> pl.LazyFrame:
@@ -211,7 +216,7 @@ def ask(
         raise UsageError(f"--limit wants a number of rows from 0 on, not {limit}")
     frames: dict[str, Any] = {"events": _events(dataset)}
     frames |= {name: _small(dataset, name) for name in ("gaps", "notes")}
-    frames |= {shown: dataset.scan(name) for shown, name in table_names(dataset).items()}
+    frames |= {shown: _plain(dataset.scan(name)) for shown, name in table_names(dataset).items()}
     if re.search(r"\bfindings\b", sql, re.IGNORECASE):
         frames["findings"] = findings_frame(runs()).lazy()
     with _one_line(dataset):

@@ -125,7 +125,10 @@ def say_damage(ingested: Ingested) -> None:
 def replayed(dataset: Dataset, settings: Settings) -> list[dict[str, Any]]:
     """Run records of a replay, with a progress bar."""
     with terminal.progress_bar() as bar:
-        return replay_dataset(dataset, settings, bar)
+        runs = replay_dataset(dataset, settings, bar)
+    # Two names may mean one policy: what is current is also what was proposed once.
+    once = {(r["system"], r["policy"], r["mode"]): r for r in reversed(runs)}
+    return [r for r in runs if once[r["system"], r["policy"], r["mode"]] is r]
 
 
 def exit_code(runs: Sequence[Mapping[str, Any]], fail_on: str, *, damaged: bool, asked: bool = True) -> int:

@@ -20,6 +20,7 @@ from tracetool.ingest import IngestOptions, ingest
 from tracetool.replaying import Settings, replay_dataset
 from tracetool.report import model
 from tracetool.report.bundle import write_bundle
+from tracetool.report.tables import tables
 from tracetool.report.window import STORIES
 from tracetool.report.write import findings_json
 from tracetool.store import Dataset
@@ -56,7 +57,8 @@ def test_what_is_in_it(sample: Any, bundled: dict[str, bytes]) -> None:
     for file in manifest["files"]:
         assert file["sha256"] == hashlib.sha256(bundled[file["name"]]).hexdigest()
     assert manifest["inputs"][0]["sha256"] == hashlib.sha256(SAMPLE.read_bytes()).hexdigest()
-    assert bundled["findings.json"].decode() == findings_json(dataset, runs)
+    beside = tables(dataset, runs, model.times_of(dataset.manifest))
+    assert bundled["findings.json"].decode() == findings_json(dataset, runs, beside)
 
 
 def test_two_bundles_are_byte_identical(sample: Any, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tracetool.report import html, markdown, model, text
 from tracetool.report.around import Events
 from tracetool.report.cutting import SUFFIX, cut
 from tracetool.report.model import Story
+from tracetool.report.tables import tables
 from tracetool.report.window import STORIES, Records, records_of, view_of
 from tracetool.report.words import clean
 from tracetool.report.write import check_suffix, findings_json
@@ -90,11 +91,12 @@ def _files(
 ) -> Iterator[tuple[str, Any, bytes]]:
     """(name, what it is, content) of every file but the manifest."""
     manifest, gaps = dataset.manifest, dataset.gaps()
-    yield "report.html", "report", _bytes(html.render(dataset, runs, command=command))
-    yield "report.txt", "report", _bytes(text.render(runs, manifest, gaps=gaps))
-    yield "report.md", "report", _bytes(markdown.render(runs, manifest, gaps=gaps))
-    yield "findings.json", "findings", _bytes(findings_json(dataset, runs))
     times = model.times_of(manifest)
+    beside = tables(dataset, runs, times)
+    yield "report.html", "report", _bytes(html.render(dataset, runs, command=command, beside=beside))
+    yield "report.txt", "report", _bytes(text.render(runs, manifest, gaps=gaps, beside=beside))
+    yield "report.md", "report", _bytes(markdown.render(runs, manifest, gaps=gaps, beside=beside))
+    yield "findings.json", "findings", _bytes(findings_json(dataset, runs, beside))
     told = model.stories(runs, times, gaps=gaps)[:STORIES]
     if not told or not manifest.get("events"):
         return

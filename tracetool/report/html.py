@@ -21,6 +21,7 @@ from tracetool.report.compare import comparison
 from tracetool.report.figures import finding_lanes
 from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
+from tracetool.report.tables import Table, tables
 from tracetool.report.timeline import Window, meanings
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
 from tracetool.report.window import STORIES, view_of
@@ -32,18 +33,25 @@ __all__ = ["CHART_BYTES", "render"]
 LISTED: Final = 250
 OCCURRENCES: Final = 60
 #: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
-CHART_BYTES: Final = 750_000
+CHART_BYTES: Final = 640_000
 #: Rows of gaps and notes that are listed.
 ROWS: Final = 300
 #: Recorded events listed before and after a finding.
 BEFORE, AFTER = 12, 5
 
 
-def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str = "") -> str:
+def render(
+    dataset: Dataset,
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    command: str = "",
+    beside: Sequence[Table] | None = None,
+) -> str:
     """The report of a dataset and the runs over it, as one HTML document.
 
-    `runs` are records of `results.run_record`; `command` the command line that made the report. The same input
-    gives the same bytes. Typically 1.5 to 2.5 MB, of which plotly.js is 1.2 MB.
+    `runs` are records of `results.run_record`; `command` the command line that made the report; `beside` the tables
+    of `tables.tables`, if they have been made already. The same input gives the same bytes. Typically 1.5 to 2.5 MB,
+    of which plotly.js is 1.2 MB.
     """
     manifest = dataset.manifest
     times = model.times_of(manifest)
@@ -80,7 +88,8 @@ def render(dataset: Dataset, runs: Sequence[Mapping[str, Any]], *, command: str 
         "episodes": len(told),
         "predicted": [_line(s, times, place) for s in _hypothetical(runs, times)],
         "overview": whole,
-        "tables": comparison(runs, times),
+        "beside": tables(dataset, runs, times) if beside is None else beside,
+        "policies": comparison(runs, times),
         "configs": _configs(runs),
         "legend": sorted(figures.kinds.items()),
         "command": command or manifest.get("command", ""),

@@ -10,6 +10,7 @@ from tracetool import __version__
 from tracetool.report import model
 from tracetool.report.compare import comparison
 from tracetool.report.model import Story
+from tracetool.report.tables import Table
 from tracetool.report.words import Times, clean, number, plural, size
 
 __all__ = ["escape", "render"]
@@ -39,8 +40,10 @@ def render(
     manifest: Mapping[str, Any],
     *,
     gaps: Sequence[Mapping[str, Any]] | None = None,
+    beside: Sequence[Table] = (),
 ) -> str:
-    """Verdict, recording, coverage, stories and metrics. `gaps`: the dataset's, if at hand."""
+    """Verdict, recording, coverage, stories and metrics. `gaps`: the dataset's, if at hand; `beside`: further tables
+    (`tables.tables`)."""
     times = model.times_of(manifest)
     out = ["## " + escape(model.title_of(manifest)), "", f"**{escape(model.headline(runs, times))}**", ""]
     for item in manifest.get("inputs") or ():
@@ -61,6 +64,11 @@ def render(
         if len(told) > STORIES + LISTED:
             out += [f"* and {number(len(told) - STORIES - LISTED)} more in the JSON output"]
         out += [""]
+    for extra in beside:
+        out += [f"### {escape(extra.title)}", "", *([escape(extra.note), ""] if extra.note else [])]
+        out += _table([escape(h) for h in extra.heads()], [[escape(c) for c in row] for row in extra.shown])
+        if extra.more:
+            out += [f"and {number(extra.more)} more in the JSON output", ""]
     for table in comparison(runs, times):
         out += _policies(table)
     out += [f"tracetool {__version__}", ""]

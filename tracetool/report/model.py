@@ -235,6 +235,10 @@ def _undecided(runs: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for run in runs:
         seen, total = _seen(run)
+        said = (run.get("seen") or {}).get("text")
+        if run["verdict"] == "inconclusive" and said:
+            parts.append(f"{run['system']}: {said}")
+            continue
         if verdict_kind(run) == "clean":
             parts.append(f"{run['system']} is clean as far as can be seen ({seen} of {total} rules)")
         elif seen < ENOUGH * total:
@@ -365,7 +369,13 @@ def calibration_words(calibration: object) -> tuple[str, str]:
             f"{name.removesuffix('_ns').replace('_', ' ')} recorded {number(a)}, predicted {number(b)}"
             for name, (a, b) in pairs.items()
         )
-        return str(calibration.get("state", "not calibrated")), compared or "nothing could be compared"
+        state = str(calibration.get("state", "not calibrated"))
+        detail = compared or "nothing could be compared"
+        if state == "uncalibrated" and calibration.get("reasons"):
+            detail = "; ".join(map(str, calibration["reasons"]))
+        if calibration.get("assumptions"):
+            detail += "; assumed: " + "; ".join(map(str, calibration["assumptions"]))
+        return state, detail
     label, _, detail = str(calibration or "not calibrated against the recording").partition(": ")
     return label, detail
 

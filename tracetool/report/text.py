@@ -9,6 +9,7 @@ from tracetool import __version__
 from tracetool.report import model
 from tracetool.report.compare import comparison
 from tracetool.report.model import Story
+from tracetool.report.tables import Table
 from tracetool.report.words import Times, clean, lines, number, plural, size
 
 __all__ = ["STORIES", "render", "story_lines"]
@@ -24,8 +25,10 @@ def render(
     width: int = 72,
     *,
     gaps: Sequence[Mapping[str, Any]] | None = None,
+    beside: Sequence[Table] = (),
 ) -> str:
-    """Verdict, recording, rules that could not be checked, stories and metrics. `gaps`: the dataset's, if at hand."""
+    """Verdict, recording, rules that could not be checked, stories and metrics. `gaps`: the dataset's, if at hand;
+    `beside`: further tables (`tables.tables`)."""
     width = max(width, 40)
     times = model.times_of(manifest)
     out = [*lines(model.headline(runs, times), width), ""]
@@ -43,6 +46,8 @@ def render(
         if len(rest) > LISTED:
             out += [f"  and {number(len(rest) - LISTED)} more in the JSON output"]
         out += [""]
+    for table in beside:
+        out += _beside(table, width)
     out += _policies(runs, times, width)
     out += ["-- ", f"tracetool {__version__}"]
     return "\n".join(line.rstrip() if line != "-- " else line for line in out).replace("\u202f", " ") + "\n"
@@ -124,6 +129,24 @@ def story_lines(story: Story, times: Times, width: int = 72, *, gaps_known: bool
             f"{other.policy} ({other.mode}): {other.says} [{other.evidence}]", width, indent="    ", first="  "
         )
     return out
+
+
+def _beside(table: Table, width: int) -> list[str]:
+    """A table in columns; where it is too wide for that, each row as a list of its cells."""
+    out = [*lines(table.title, width), *lines(table.note, width, indent="  ", first="  ")]
+    heads, rows = table.heads(), [[clean(cell) for cell in row] for row in table.shown]
+    wide = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(heads)]
+    if 2 + sum(wide) + 2 * (len(wide) - 1) <= width:
+        for row in (heads, *rows):
+            cells = [row[i].rjust(w) if i in table.numeric else row[i].ljust(w) for i, w in enumerate(wide)]
+            out.append("  " + "  ".join(cells))
+    else:
+        for row in rows:
+            told = "; ".join(f"{head} {cell}" for head, cell in zip(heads, row, strict=True))
+            out += lines(told, width, indent="      ", first="  - ")
+    if table.more:
+        out.append(f"  and {number(table.more)} more in the JSON output")
+    return [*out, ""]
 
 
 def _policies(runs: Sequence[Mapping[str, Any]], times: Times, width: int) -> list[str]:

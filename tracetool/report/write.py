@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
-from tracetool.report.model import finding_id
+from tracetool.report.model import finding_id, times_of
+from tracetool.report.tables import Table, document, tables
 from tracetool.store import Dataset, StoreError
 
 __all__ = ["SUFFIXES", "check_suffix", "findings_json", "write_report", "write_whole"]
@@ -33,31 +34,33 @@ def check_suffix(output: Path, *, bundle: bool = False) -> None:
 
 
 def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str) -> str:
-    if suffix == ".html":
-        from tracetool.report import html
-
-        return html.render(dataset, runs, command=command)
-    if suffix == ".txt":
-        from tracetool.report import text
-
-        return text.render(runs, dataset.manifest, gaps=dataset.gaps())
-    if suffix == ".md":
-        from tracetool.report import markdown
-
-        return markdown.render(runs, dataset.manifest, gaps=dataset.gaps())
     if suffix == ".xml":
         from tracetool.report import junit
 
         return junit.render(runs, dataset.manifest)
-    return findings_json(dataset, runs)
+    beside = tables(dataset, runs, times_of(dataset.manifest))
+    if suffix == ".html":
+        from tracetool.report import html
+
+        return html.render(dataset, runs, command=command, beside=beside)
+    if suffix == ".txt":
+        from tracetool.report import text
+
+        return text.render(runs, dataset.manifest, gaps=dataset.gaps(), beside=beside)
+    if suffix == ".md":
+        from tracetool.report import markdown
+
+        return markdown.render(runs, dataset.manifest, gaps=dataset.gaps(), beside=beside)
+    return findings_json(dataset, runs, beside)
 
 
-def findings_json(dataset: Dataset, runs: Sequence[Mapping[str, Any]]) -> str:
+def findings_json(dataset: Dataset, runs: Sequence[Mapping[str, Any]], beside: Sequence[Table]) -> str:
     """The whole of the run records with the manifest; each finding under the name that `explain` takes."""
     named = [
         {**run, "findings": [{"id": finding_id(run, f), **f} for f in run["findings"]]} for run in runs
     ]
-    return json.dumps({"schema": 1, "manifest": dataset.manifest, "runs": named}, indent=1) + "\n"
+    whole = {"schema": 1, "manifest": dataset.manifest, "runs": named, "tables": document(beside)}
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def write_whole(output: Path, text: str) -> int:
