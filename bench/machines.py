@@ -27,7 +27,7 @@ import pyarrow as pa
 
 import replay.machine
 from replay.declare import Config
-from replay.events import KIND_ID, KINDS, rows
+from replay.events import KIND_ID, KINDS, Batch
 from replay.scenario import load_scenario, run_scenario
 from replay.sink import Sink
 from replay.systems import SYSTEMS
@@ -167,7 +167,7 @@ def rate(system: str, policy: str, events: pa.Table, repeat: int) -> tuple[float
         machine.observed = frozenset(events["kind"].unique().to_pylist())
         begin = time.process_time()
         for start in range(0, events.num_rows, ROW_GROUP):
-            machine.consume(rows(events.slice(start, ROW_GROUP), machine.columns))
+            machine.feed(Batch.of(events.slice(start, ROW_GROUP), machine.columns))
         machine.finish(events["t_ns"][-1].as_py())
         best = min(best, time.process_time() - begin)
         found = len(sink.findings)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from replay.bodies import Measured
 from replay.declare import Config, System, UsageError
-from replay.events import rows
+from replay.events import Batch
 from replay.machine import Machine
 from replay.sink import Finding, Sink
 
@@ -80,7 +80,7 @@ def run_machine(
         last = 0
         for batch in batches:
             if batch.num_rows:
-                machine.consume(rows(batch, machine.columns))
+                machine.feed(Batch.of(batch, machine.columns))
                 last = batch["t_ns"][-1].as_py()
         machine.finish(last if t_end is None else t_end)
     except Exception as error:

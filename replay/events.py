@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any, Final
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -21,6 +22,7 @@ __all__ = [
     "NONE",
     "ROLES",
     "SCHEMA",
+    "Batch",
     "Kind",
     "events_from_json",
     "rows",
@@ -219,38 +221,79 @@ SCHEMA: Final = pa.schema(
     ]
 )
 
+#: What stands for null, where it is not NONE.
 _NULL: Final[Mapping[str, int]] = {"val": NIL, "val2": NIL}
-
-
 #: Rows that are turned into Python integers at a time.
 _STRIDE: Final = 4096
 _KIND: Final = pl.Enum([kind.name for kind in KINDS])
 
 
-def rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
-    """Rows of a canonical event table as tuples of plain integers, nulls as NONE/NIL, `kind` as KIND_ID.
+class Batch:
+    """Columns of integers of one length: nulls are NONE or NIL, `kind` is KIND_ID. A column in which all is null is
+    kept as one number."""
 
-    Columns become lists a stretch at a time, and one that is all null costs next to nothing: several times faster
-    than `to_pylist`, in bounded memory.
-    """
-    frame = pl.from_arrow(table.select(list(columns)))
-    assert isinstance(frame, pl.DataFrame)
-    feeds: list[Any] = []  # an array, or the one value of a column that is all null
-    for name in columns:
-        series = frame[name]
-        if name == "kind":
-            feeds.append(series.cast(_KIND).to_physical().to_numpy())
-        elif series.null_count() == len(series):
-            feeds.append(_NULL.get(name, NONE))
-        elif series.null_count():
-            feeds.append(series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy())
-        else:
-            feeds.append(series.to_numpy())
-    stretches = (
-        zip(*(repeat(f, _STRIDE) if isinstance(f, int) else f[lo : lo + _STRIDE].tolist() for f in feeds), strict=False)
-        for lo in range(0, len(frame), _STRIDE)
-    )
-    return chain.from_iterable(stretches)
+    __slots__ = ("_columns", "_rows")
+
+    def __init__(self, columns: Mapping[str, Any], rows: int) -> None:
+        self._columns = columns  # arrays, or the one value of a column
+        self._rows = rows
+
+    @classmethod
+    def of(cls, table: pa.Table, columns: Sequence[str]) -> Batch:
+        """Columns of a canonical event table."""
+        frame = pl.from_arrow(table.select(list(columns)))
+        assert isinstance(frame, pl.DataFrame)
+        feeds: dict[str, Any] = {}
+        for name in columns:
+            series = frame[name]
+            if name == "kind":
+                feeds[name] = series.cast(_KIND).to_physical().to_numpy()
+            elif series.null_count() == len(series):
+                feeds[name] = _NULL.get(name, NONE)
+            elif series.null_count():
+                feeds[name] = series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy()
+            else:
+                feeds[name] = series.to_numpy()
+        return cls(feeds, len(frame))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def slice(self, start: int, rows: int) -> Batch:
+        """At most `rows` rows from `start`; shares memory."""
+        stop = min(start + rows, self._rows)
+        parts = {n: c if isinstance(c, int) else c[start:stop] for n, c in self._columns.items()}
+        return Batch(parts, stop - start)
+
+    def array(self, name: str) -> Any:
+        """A column as an array of integers."""
+        column = self._columns[name]
+        return np.full(self._rows, column, np.int64) if isinstance(column, int) else column
+
+    def row(self, index: int, columns: Sequence[str]) -> tuple[int, ...]:
+        """One row."""
+        return tuple(c if isinstance(c, int) else int(c[index]) for c in map(self._columns.__getitem__, columns))
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """All rows as tuples of plain integers.
+
+        Columns become lists a stretch at a time, and one that is all null costs next to nothing: several times faster
+        than `to_pylist`, in bounded memory.
+        """
+        feeds = [self._columns[name] for name in columns]
+        stretches = (
+            zip(
+                *(repeat(f, _STRIDE) if isinstance(f, int) else f[lo : lo + _STRIDE].tolist() for f in feeds),
+                strict=False,
+            )
+            for lo in range(0, self._rows, _STRIDE)
+        )
+        return chain.from_iterable(stretches)
+
+
+def rows(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """Rows of a canonical event table, see `Batch.rows`."""
+    return Batch.of(table, columns).rows(columns)
 
 
 def events_from_json(events: Iterable[Mapping[str, Any]], *, src: str = "scenario") -> pa.Table:

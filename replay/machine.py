@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from replay.agenda import Agenda
+from replay.events import Batch
 from replay.sink import Sink
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class Machine:
 
     def load(self, init: Mapping[str, Any]) -> None:
         """State at the start, from a scenario's `init` or a snapshot. Absent keys keep the default."""
+
+    def feed(self, batch: Batch) -> None:
+        """Feed a batch of events, in order. A machine may override it to take short cuts; `consume` is the law."""
+        self.consume(batch.rows(self.columns))
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """Feed events in order. Before each, `self.advance(t)` lets earlier entries of the agenda happen."""

@@ -35,7 +35,7 @@ Event = tuple[int, str, Mapping[str, int]]
 class Plain(TwoLevelMachine):
     """The machine without the short cuts of its loop."""
 
-    def feed(self, rows: Iterable[tuple[int, ...]]) -> None:
+    def take(self, rows: Iterable[tuple[int, ...]]) -> None:
         for kind, t, d, v, p, tgt, val, flags, seq in rows:
             self.advance(t)
             dom = self.dom if d == self.dom.id else self.switch(d)

@@ -51,11 +51,11 @@ class Recorder(TwoLevelMachine):
 
         self.monitor.dispatched = record  # type: ignore[method-assign]
 
-    def feed(self, rows: Iterable[Row]) -> None:
+    def take(self, rows: Iterable[Row]) -> None:
         for event in rows:
             self.advance(event[1])
             self.log.append(event)
-            super().feed([event])
+            super().take([event])
 
     def upcall(self, dom: Any, vcpu: Any) -> None:
         if vcpu.upcall_mask == 1 or vcpu.upcall_pending != 1:

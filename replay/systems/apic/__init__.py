@@ -10,6 +10,7 @@ from replay.sink import Sink
 from replay.systems.apic import hpet_block_codes, ioapic_codes
 from replay.systems.apic.codes import CODES, PARAMETERS
 from replay.systems.apic.machine import ApicMachine
+from replay.systems.apic.short_cuts import QuickApicMachine
 
 __all__ = ["SYSTEM", "Hardware"]
 
@@ -21,7 +22,7 @@ class Hardware:
 
 
 def _make(policy: Any, config: Config, sink: Sink, sub: str) -> ApicMachine:
-    return ApicMachine(config, sink)
+    return QuickApicMachine(config, sink)
 
 
 SYSTEM = System(

@@ -13,7 +13,7 @@ from replay.agenda import SOFTWARE
 from replay.declare import Config
 from replay.events import INF, KIND_ID, NIL, NONE
 from replay.hardware.ioapic import Pin
-from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
+from replay.hardware.lapic import VECTORS
 from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.apic.hpet_block_monitor import RTC_PIN, HpetBlockMonitor
@@ -90,70 +90,15 @@ class ApicMachine(Machine):
     # -- event glue --------------------------------------------------------------------------------------------
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
-        """The event glue. Request, delivery and EOI on a processor that serves nothing else are taken here; they do
-        exactly what `accept`, `deliver` and `eoi` do then. Everything else goes to `event`."""
+        """The event glue: every event to the method of its rule."""
         if not self.started:
             self.start()
         if self.lockstep is not None:
             rows = self.lockstep.watch(rows)
-        heap = self.agenda.heap
-        processors = self.processors
-        simple = not self.ioapics  # no pin waits to hear of deliveries and EOIs
-        accepts_seen = self.monitor.accepts_seen
-        exits_traced = self.exits_traced
-        unwatched = not (self.irr_stuck_ns and accepts_seen)
-        spurious = self.spurious_vector
-        accept, deliver, eoi, bits = ACCEPT, DELIVER, EOI, VECTOR_BIT
-        t = self.now
         for kind, seq, t, cpu, dom, vcpu, obj, tgt, val, val2, flags in rows:
-            if heap and heap[0][0] <= t:
-                self.advance(t)
+            self.advance(t)
             key = dom << 16 | vcpu if dom >= 0 else -1 - cpu
-            if simple and (p := processors.get(key)) is not None:
-                lapic = p.lapic
-                isr = lapic.isr
-                if kind == deliver:
-                    if not isr and not p.frames and FIRST_LEGAL_VECTOR <= obj < VECTORS and obj != spurious:
-                        irr = lapic.irr
-                        if irr == bits[obj] or (not irr and not accepts_seen):
-                            lapic.irr = 0
-                            isr.append(obj)
-                            if obj >> 4 < lapic.isr_unknown_below:
-                                lapic.isr_unknown_below = obj >> 4
-                            p.requested_at.clear()
-                            p.frames.append((obj, t))
-                            p.recent.append((t, seq, obj))
-                            p.deliveries[obj] += 1
-                            continue
-                elif kind == eoi:
-                    if len(isr) == 1 and (obj < 0 or obj == isr[0]):
-                        vector = isr[0]
-                        if exits_traced or (len(p.frames) == 1 and p.frames[0][0] == vector):
-                            isr.clear()
-                            if not exits_traced:
-                                p.frames.clear()
-                            p.recent.append((t, seq, -1))
-                            p.deliverable_since = t
-                            p.eois[vector] += 1
-                            continue
-                elif (
-                    kind == accept
-                    and not lapic.irr
-                    and not lapic.tmr
-                    and not flags & 1
-                    and FIRST_LEGAL_VECTOR <= obj < VECTORS
-                    and (p.watched or unwatched or dom < 0)
-                ):
-                    bit = bits[obj]
-                    lapic.irr = bit
-                    if not lapic.irr_known & bit:
-                        lapic.irr_known |= bit
-                    p.requested_at[obj] = t
-                    continue
-            self.now = t
             self.event(kind, seq, key, cpu, dom, vcpu, obj, tgt, val, val2, flags)
-            simple = not self.ioapics
-        self.now = t
 
     def event(
         self, kind: int, seq: int, key: int, cpu: int, dom: int, vcpu: int, obj: int, tgt: int, val: int, val2: int,
@@ -339,7 +284,7 @@ class ApicMachine(Machine):
         elif kind == IOAPIC_REMOTE_IRR:
             self.ioapic(dom).remote_irr(obj, val, t)
         elif kind == IOAPIC_CHECK:
-            self.ioapic(dom).check(t)
+            self.ioapic(dom).check(t, self.in_flight(dom))
         elif kind == HPET_CMP:
             self.hpet.written(obj, val, val2, t, seq)
         elif kind == HPET_FIRE:
@@ -350,6 +295,18 @@ class ApicMachine(Machine):
             self.hpet.route(obj, NIL, val, t, seq)
         elif kind == HPET_CONFIG:
             self.hpet.configured(obj, val, val2, t)
+
+    def in_flight(self, dom: int) -> int:
+        """Vectors that are, or may be, in an IRR or ISR of the machine (NONE) or of a guest, as bits; -1 if unknown."""
+        bits = 0
+        mine = [p.lapic for p in self.processors.values() if p.dom == dom]
+        for lapic in mine:
+            if not lapic.isr_is_known() or lapic.irr_known != (1 << VECTORS) - 1:
+                return -1
+            bits |= lapic.irr
+            for vector in lapic.isr:
+                bits |= 1 << vector
+        return bits if mine else -1
 
     def request(self, dom: int, pins: list[Pin], seq: int) -> None:
         """L1 for the messages of pins. A recording states its accepts itself; a scenario leaves them to the model."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from replay.events import NONE
 from replay.hardware.lapic import VECTORS, LocalApic, vector_class
 from replay.knowledge import UNKNOWN
 from replay.sink import Evidence
 
-__all__ = ["Processor"]
+__all__ = ["STORY", "Processor"]
+
+#: How many deliveries and EOIs are remembered to tell how it came to a finding.
+STORY: Final = 6
 
 
 class Processor:
@@ -45,7 +49,7 @@ class Processor:
         self.generation: int = 0
         self.deliveries: list[int] = [0] * (VECTORS + 1)
         self.eois: list[int] = [0] * (VECTORS + 1)
-        self.recent: deque[tuple[int, int, int]] = deque(maxlen=6)  # (t, seq, vector or -1 for EOI)
+        self.recent: deque[tuple[int, int, int]] = deque(maxlen=STORY)  # (t, seq, vector or -1 for EOI)
 
     def forget(self) -> None:
         """Records were lost: registers, stack and run state are unknown."""

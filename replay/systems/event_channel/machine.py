@@ -77,13 +77,13 @@ class TwoLevelMachine(TwoLevelRules):
             first = list(islice(stream, 1))
             if first:
                 self.evaluate_start = False
-                self.feed(first)
+                self.take(first)
                 for dom in self.list:
                     for channel in dom.channels:
                         self.monitor.check(dom, channel, self.now)
-        self.feed(stream)
+        self.take(stream)
 
-    def feed(self, rows: Iterable[tuple[int, ...]]) -> None:
+    def take(self, rows: Iterable[tuple[int, ...]]) -> None:
         """The event glue. The five kinds that make up most of a recording are taken here where nothing is unknown or
         in trouble; they do exactly what `send`, `on_handled`, `on_clear`, `on_upcall` and
         `on_upcall_end` do then."""
@@ -464,6 +464,7 @@ class TwoLevelMachine(TwoLevelRules):
             if value & 0xFF and vcpu.upcall_pending == 0:
                 self.unseen_send(dom)
             vcpu.upcall_pending = 1 if value & 0xFF else 0
+            vcpu.upcall_t = self.now
         elif what == SNAP_UPCALL_MASK:
             vcpu.upcall_mask = 1 if value & 0xFF else 0
         self.monitor.words_changed(dom, vcpu, self.now)

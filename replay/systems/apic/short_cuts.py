@@ -1,0 +1,349 @@
+"""Short cuts for what fills most of a recording: request, delivery and EOI on a processor that serves nothing else.
+
+`ApicMachine` is the law, one method for each rule; here is only speed. A batch of events is looked at column by column
+first. Then one loop takes what is plain: on a *calm* processor (nothing requested, or one vector requested, or one in
+service, nothing else) a request, a delivery and an EOI move it to the next of these three states, exactly as `accept`,
+`deliver` and `eoi` do when no rule has anything to say. Anything else first writes the state back to the registers
+(`restore`) and then goes to the method of its rule.
+
+What a rule *learns* from an event (a bit of IRR or a class of ISR is known from now on) it learns from the first event
+of its kind, vector and processor; so the first one in a batch always goes the long way, and the short cut has nothing
+to learn. Row numbers stand for time and event number until somebody asks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+
+from replay.agenda import SOFTWARE
+from replay.columns import dense, first_of_each
+from replay.declare import Config
+from replay.events import INF, KINDS, Batch
+from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
+from replay.sink import Sink
+from replay.systems.apic.ioapic_monitor import STUCK_LIMIT, IoApicMonitor
+from replay.systems.apic.machine import ACCEPT, DELIVER, EOI, IDLE, IRR_WATCH, ApicMachine
+from replay.systems.apic.state import STORY, Processor
+
+__all__ = ["QuickApicMachine"]
+
+# States of a lane.
+AWAKE: Final = 0  # anything: the registers hold the truth
+REST: Final = 1  # nothing requested, nothing in service
+ASKED: Final = 2  # one vector in IRR
+SERVING: Final = 3  # one vector in ISR, its handler is the only one
+ASKED_AGAIN: Final = 4  # as SERVING, and one of a higher class in IRR
+NESTED: Final = 5  # two in ISR, the handler of the higher class runs on top of the other
+
+# What an event asks of a lane.
+SLOW: Final = 0
+TO_ACCEPT: Final = 1
+TO_DELIVER: Final = 2
+TO_EOI: Final = 3
+TO_IDLE: Final = 4
+STEPS: Final = 8  # a power of two above them
+
+#: Rows that are looked at together.
+STRIDE: Final = 1 << 14
+#: In place of the vector of an EOI that names none.
+UNNAMED: Final = 0
+
+_STEP: Final = np.zeros(len(KINDS), np.uint8)
+_STEP[[ACCEPT, DELIVER, EOI, IDLE]] = (TO_ACCEPT, TO_DELIVER, TO_EOI, TO_IDLE)
+
+
+class Lane:
+    """A processor as the loop sees it. Unless AWAKE, `state` and `vector` stand for IRR, ISR, frames and requests.
+
+    `vector` is the one requested last, or in service; `outer` the one below it in service (ASKED_AGAIN, NESTED).
+    `asked`, `entered`, `outer_entered` and `ended` are the rows of the last request, deliveries and EOI taken here, -1
+    for none; then the one time that matters is `kept`, from the registers. `rows` are the last deliveries and EOIs, for
+    the story.
+    """
+
+    __slots__ = (
+        "asked", "ended", "entered", "eois", "kept", "key", "outer", "outer_entered", "processor", "rows", "state",
+        "vector",
+    )  # fmt: skip
+
+    def __init__(self, key: int) -> None:
+        self.key: int = key
+        self.processor: Processor | None = None
+        self.eois: list[int] = []  # the processor's
+        self.state: int = AWAKE
+        self.vector: int = UNNAMED
+        self.outer: int = UNNAMED
+        self.outer_entered: int = -1
+        self.kept: int = 0
+        self.asked: int = -1
+        self.entered: int = -1
+        self.ended: int = -1
+        self.rows: deque[int] = deque(maxlen=STORY)
+
+
+class QuickApicMachine(ApicMachine):
+    """`ApicMachine` with short cuts; findings and numbers are the same."""
+
+    def __init__(self, config: Config, sink: Sink) -> None:
+        super().__init__(config, sink)
+        self.lanes: dict[int, Lane] = {}  # by key of the processor
+        self.shut: bool = False  # something happened after which the present stretch takes no short cuts
+        self.batch: Batch | None = None  # the present stretch, and some of its columns
+        self.kinds: Any = ()
+        self.vectors: Any = ()
+        self.flags: Any = ()
+        self.times: Any = ()
+        self.seqs: Any = ()
+
+    def feed(self, batch: Batch) -> None:
+        """Feed a batch of events, in order."""
+        if not self.started:
+            self.start()
+        for start in range(0, len(batch), STRIDE):
+            part = batch.slice(start, STRIDE)
+            if self.lockstep is not None or self.ioapics or self.monitor.nesting_limit < 1:
+                self.consume(part.rows(self.columns))
+            else:
+                self.stretch(part)
+
+    def stretch(self, batch: Batch) -> None:
+        """Feed the rows of one stretch."""
+        kinds = batch.array("kind")
+        vectors = batch.array("obj")
+        slots, lanes = self.assign(batch)
+        steps = self.plan(batch, slots, len(lanes))
+        self.batch = batch
+        self.kinds = memoryview(kinds)
+        self.vectors = memoryview(vectors)
+        self.flags = memoryview(batch.array("flags"))
+        self.times = memoryview(batch.array("t_ns"))
+        self.seqs = memoryview(batch.array("seq"))
+        self.shut = False
+        counts = self.deliveries(kinds, vectors, slots, lanes)
+        self.run_rows(
+            np.array(lanes, object)[slots].tolist(),
+            steps.tolist(),
+            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).tolist(),
+        )
+        for lane in lanes:
+            self.restore(lane)
+        for lane, vector, count in counts:
+            self.processors[lane.key].deliveries[vector] = count  # whatever the methods of the rules counted
+        self.now = self.times[len(batch) - 1]
+        self.batch = None
+
+    def deliveries(self, kinds: Any, vectors: Any, slots: Any, lanes: list[Lane]) -> list[tuple[Lane, int, int]]:
+        """Deliveries of each processor and vector after this stretch."""
+        delivered = np.flatnonzero((kinds == DELIVER) & (vectors >= 0) & (vectors < VECTORS))
+        in_stretch = np.bincount(slots[delivered] * VECTORS + vectors[delivered])
+        result = []
+        for index in np.flatnonzero(in_stretch).tolist():
+            lane = lanes[index // VECTORS]
+            vector = index % VECTORS
+            p = self.processors.get(lane.key)
+            result.append((lane, vector, int(in_stretch[index]) + (0 if p is None else p.deliveries[vector])))
+        return result
+
+    def assign(self, batch: Batch) -> tuple[Any, list[Lane]]:
+        """For each row the index of its lane in the list of lanes."""
+        dom = batch.array("dom").astype(np.int64)
+        unit = np.where(dom >= 0, batch.array("vcpu"), batch.array("cpu")).astype(np.int64)
+        low = int(unit.min())
+        width = int(unit.max()) - low + 1
+        found, slots = dense(dom * width + unit - low)
+        lanes = []
+        for value in found.tolist():
+            owner, member = divmod(value, width)
+            key = owner << 16 | member + low if owner >= 0 else -1 - (member + low)
+            lane = self.lanes.get(key)
+            if lane is None:
+                self.lanes[key] = lane = Lane(key)
+            lanes.append(lane)
+        return slots, lanes
+
+    def plan(self, batch: Batch, slots: Any, lanes: int) -> Any:
+        """For each row its step; SLOW where only a rule's method will do."""
+        vectors = batch.array("obj")
+        steps = _STEP[batch.array("kind")]
+        takes_vector = (steps == TO_ACCEPT) | (steps == TO_DELIVER)
+        slow = takes_vector & ((vectors < FIRST_LEGAL_VECTOR) | (vectors >= VECTORS))
+        slow |= (steps == TO_ACCEPT) & (batch.array("flags") & 1 != 0)
+        slow |= (steps == TO_DELIVER) & (vectors == self.spurious_vector)
+        slow |= (steps == TO_EOI) & (self.exits_traced | (vectors == UNNAMED) | (vectors >= VECTORS))
+        steps[slow] = SLOW
+        which = (slots * STEPS + steps) * VECTORS + np.where(takes_vector & ~slow, vectors, 0)
+        steps[first_of_each(which, lanes * STEPS * VECTORS)] = SLOW
+        return steps
+
+    def run_rows(self, lanes: list[Lane], steps: list[int], vectors: list[int]) -> None:
+        """The loop."""
+        heap = self.agenda.heap
+        accepts_seen = self.monitor.accepts_seen
+        nesting = self.monitor.nesting_limit >= 2
+        n = len(steps)
+        due = heap[0][0] if heap else INF
+        deepest = 0
+        stop: int = bisect_left(self.times, due)  # the row before which an entry of the agenda is due
+        for i, lane, step, vector in zip(range(n), lanes, steps, vectors):  # noqa: B905 (all are n long)
+            if i >= stop:
+                self.advance(self.times[i])
+                stop = bisect_left(self.times, heap[0][0], i + 1) if heap else n
+            state = lane.state
+            if step == TO_DELIVER:
+                if (state == ASKED and lane.vector == vector) or (state == REST and not accepts_seen):
+                    lane.state = SERVING
+                    lane.vector = vector
+                    lane.entered = i
+                    lane.rows.append(i)
+                    continue
+                if state == ASKED_AGAIN and lane.vector == vector:
+                    lane.state = NESTED
+                    lane.entered = i
+                    lane.rows.append(i)
+                    deepest = 2
+                    continue
+            elif step == TO_EOI:
+                if state in (SERVING, NESTED) and (vector in (UNNAMED, lane.vector)):
+                    lane.ended = i
+                    lane.rows.append(i)
+                    lane.eois[lane.vector] += 1
+                    if state == SERVING:
+                        lane.state = REST
+                    else:
+                        lane.state = SERVING
+                        lane.vector = lane.outer
+                        lane.entered = lane.outer_entered
+                    continue
+            elif step == TO_ACCEPT:
+                if state == REST:
+                    lane.state = ASKED
+                    lane.vector = vector
+                    lane.asked = i
+                    continue
+                if state == SERVING and nesting and vector >> 4 > lane.vector >> 4:
+                    lane.state = ASKED_AGAIN
+                    lane.outer = lane.vector
+                    lane.outer_entered = lane.entered
+                    lane.vector = vector
+                    lane.asked = i
+                    continue
+            elif step == TO_IDLE and state != AWAKE:
+                continue
+            self.long_way(lane, i)
+            stop = bisect_left(self.times, heap[0][0], i + 1) if heap else n
+        self.monitor.max_nesting = max(self.monitor.max_nesting, deepest)
+
+    def long_way(self, lane: Lane, row: int) -> None:
+        """An event that goes to the method of its rule."""
+        self.restore(lane)
+        self.now = self.times[row]
+        kind: int = self.kinds[row]
+        p = lane.processor
+        if p is not None and kind in (ACCEPT, DELIVER, EOI):
+            vector: int = self.vectors[row]
+            seq: int = self.seqs[row]
+            if kind == EOI:
+                self.eoi(p, vector, seq)
+            elif not 0 <= vector < VECTORS:
+                pass  # a damaged record names no vector
+            elif kind == DELIVER:
+                self.deliver(p, vector, seq)
+            else:
+                self.accept(p, vector, bool(self.flags[row] & 1), seq)
+        elif self.batch is not None:
+            _, seq, _, *rest = self.batch.row(row, self.columns)
+            self.event(kind, seq, lane.key, *rest)
+            lane.processor = p = self.processors.get(lane.key)
+            if p is not None:
+                lane.eois = p.eois
+        self.settle(lane)
+
+    def settle(self, lane: Lane) -> None:
+        """Registers to lane: find out whether the processor is calm."""
+        p = lane.processor
+        if p is None or self.shut or p.lapic.tmr:
+            return
+        lapic = p.lapic
+        if lapic.isr:
+            if len(lapic.isr) == 1 == len(p.frames) and not lapic.irr and not p.requested_at:
+                lane.vector, lane.kept = p.frames[0]
+                if lane.vector == lapic.isr[0]:
+                    lane.state = SERVING
+        elif p.frames:
+            return
+        elif lapic.irr:
+            if len(p.requested_at) == 1:
+                lane.vector, lane.kept = next(iter(p.requested_at.items()))
+                if lapic.irr == VECTOR_BIT[lane.vector]:
+                    lane.state = ASKED
+        elif not p.requested_at and (p.watched or not self.watches(p)):
+            lane.state = REST
+
+    def watches(self, p: Processor) -> bool:
+        """Whether a request needs an entry in the agenda."""
+        return bool(self.irr_stuck_ns) and p.dom >= 0 and self.monitor.accepts_seen
+
+    def restore(self, lane: Lane) -> None:
+        """Lane to registers: write what `accept`, `deliver` and `eoi` would have written since `settle`."""
+        state = lane.state
+        p = lane.processor
+        if state == AWAKE or p is None:
+            return
+        lane.state = AWAKE
+        times = self.times
+        entered = times[lane.entered] if lane.entered >= 0 else lane.kept
+        outer_entered = times[lane.outer_entered] if lane.outer_entered >= 0 else lane.kept
+        lapic = p.lapic
+        lapic.irr = 0
+        p.requested_at.clear()
+        if state in (ASKED, ASKED_AGAIN):
+            lapic.irr = VECTOR_BIT[lane.vector]
+            p.requested_at[lane.vector] = times[lane.asked] if lane.asked >= 0 else lane.kept
+        p.frames.clear()
+        if state in (ASKED_AGAIN, NESTED):
+            p.frames.append((lane.outer, outer_entered))
+        if state in (SERVING, NESTED):
+            p.frames.append((lane.vector, entered))
+        lapic.isr = [vector for vector, _ in p.frames]
+        if lane.ended >= 0:
+            p.deliverable_since = times[lane.ended]
+        for row in lane.rows:
+            vector = self.vectors[row] if self.kinds[row] == DELIVER else -1
+            p.recent.append((times[row], self.seqs[row], vector))
+        lane.rows.clear()
+        lane.asked = lane.entered = lane.outer_entered = lane.ended = -1
+
+    # -- what concerns processors that are calm ------------------------------------------------------------------
+
+    def fire(self, action: int, a: int, b: int, c: int) -> None:
+        lane = self.lanes.get(self.by_serial[a].key) if action != STUCK_LIMIT else None
+        if lane is None:
+            super().fire(action, a, b, c)
+            return
+        if action == IRR_WATCH and lane.state in (REST, SERVING, NESTED) and lane.asked >= 0:
+            # Nothing is requested, but it is busy: watch on, in place of the next `accept`.
+            lane.asked = -1
+            self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_WATCH, a, 0, c)
+            return
+        self.restore(lane)
+        super().fire(action, a, b, c)
+        self.settle(lane)
+
+    def taint(self, cpu: int, t0: int, t1: int) -> None:
+        self.no_more_short_cuts()
+        super().taint(cpu, t0, t1)
+
+    def ioapic(self, dom: int) -> IoApicMonitor:
+        if dom not in self.ioapics:
+            self.no_more_short_cuts()  # pins wait to hear of deliveries and EOIs
+        return super().ioapic(dom)
+
+    def no_more_short_cuts(self) -> None:
+        """The rest of the stretch goes by the rules."""
+        self.shut = True
+        for lane in self.lanes.values():
+            self.restore(lane)
