@@ -158,6 +158,12 @@ class Measured:
     undecided: dict[str, str] = field(default_factory=dict)
     #: The longest that an effect was seen to take (ns): one predicted closer to the end may come after it.
     reach_ns: int = 0
+    #: Stimuli were concluded from outcomes or other records.
+    inferred: bool = False
+    #: Recorded outcomes of other objects than these are not the model's (None: all are).
+    only: frozenset[int] | None = None
+    #: Whatever else a system's own machine understands.
+    aids: Any = None
 
     def fresh(self) -> Measured:
         """For another run: bodies that nobody has used."""

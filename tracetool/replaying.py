@@ -275,10 +275,13 @@ class _Session:
             return []
         config = self.config(closed=True, calibrating=True)
         lost = [(g["t0_ns"], g["t1_ns"]) for g in self.dataset.gaps() if None not in (g["t0_ns"], g["t1_ns"])]
+        recorded = self._read(system.outcomes)
+        if (only := self.measured().only) is not None:
+            recorded = recorded.filter(pl.col("obj").is_in(only))
         return part(
-            base.effects, self._read(system.outcomes), system.effect, system.effect_words,
+            base.effects, recorded, system.effect, system.effect_words,
             match_ns=config.integer("match_ns"), end_ns=self.end_ns, reach_ns=self.measured().reach_ns, lost=lost,
-            inferred=calibrate.inferred(system, self.observed),
+            inferred=self.measured().inferred or calibrate.inferred(system, self.observed),
         )  # fmt: skip
 
     def what_if(self, name: str, cls: type[Any] | None) -> Run:

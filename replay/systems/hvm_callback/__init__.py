@@ -14,6 +14,7 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
+from replay.systems.hvm_callback.calibration import DRIVES, OUTCOMES, effect, effect_words, measure
 from replay.systems.hvm_callback.codes import CODES, PARAMETERS
 from replay.systems.hvm_callback.machine import CallbackMachine
 from replay.systems.hvm_callback.policies import AlwaysCheck, Applied, Current, Proposed
@@ -38,4 +39,11 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys == "callback" or k.name in _OTHERS),
     recorded="applied",
+    calibrate=("injections", "callback_eois"),
+    drives=DRIVES,
+    measure=measure,
+    outcomes=OUTCOMES,
+    effect=effect,
+    effect_words=effect_words,
+    changes=("route_vcpu",),
 )

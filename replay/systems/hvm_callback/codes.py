@@ -152,6 +152,10 @@ PARAMETERS: Final = (
     Parameter("gsi", 28, "", "GSI of the platform interrupt (recordings: until via.set_param says otherwise)"),
     Parameter("vector", 0x59, "", "vector in its redirection entry; a recording must name it or show the entry"),
     Parameter("rte_dest_vcpu", 1, "vcpu", "destination in its redirection entry (scenarios and what-if)"),
+    Parameter("route_vcpu", -1, "vcpu", "what-if: the guest had routed the callback to this vcpu; -1: as recorded"),
+    Parameter("sample_on_exit", 0, "", "applied: 1 if the flag is looked at on VM exits, before the exit is handled "
+              "(recordings of Xen), 0 on VM entries (scenarios)"),
+    Parameter("match_ns", 2_000, "ns", "how far a predicted injection may lie from the recorded one"),
     Parameter("apic_id_stride", 0, "", "APIC ids per vcpu in RTEs; 0: 2 in recordings (Xen), 1 in scenarios"),
     Parameter("gsi_shared", -1, "", "another device is on the GSI: 1 yes, 0 no, -1 as the events say"),
     Parameter("eoi_assist", 0, "", "1: the guest uses APIC assist or PV EOI, so EOIs may be missing"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Final
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final
 
 from replay.agenda import SOFTWARE
+from replay.bodies import Bodies
 from replay.declare import Config
 from replay.events import KIND_ID, NIL, NONE
 from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Sink
+from replay.systems.hvm_callback.calibration import Recorded
 from replay.systems.hvm_callback.monitor import CallbackMonitor
 from replay.systems.hvm_callback.policies import Policy
 from replay.systems.hvm_callback.state import ENTRY, EOI_WORD, RTE_WORD, Domain
@@ -41,11 +43,13 @@ LOST: Final = KIND_ID["trace.lost"]
 # Actions of the agenda; a = domain, b = vcpu. ENTRY is declared with the state, the time-outs with the rules.
 CLEAR_DUE: Final = 2
 EOI_DUE: Final = 3
+SET_DUE: Final = 6
 
 #: Domain of the idle vCPUs.
 IDLE_DOMAIN: Final = 0x7FFF
 # Xen runstates, `val` of sched.stop.
 RUNNABLE: Final = 1
+BLOCKED: Final = 2
 OFFLINE: Final = 3
 
 
@@ -65,7 +69,9 @@ class CallbackMachine(Machine):
         self.gsi = config.integer("gsi")
         self.vector_given = self.closed or "vector" in config.given
         self.vector = config.integer("vector") if self.vector_given else NONE
-        self.dest_vcpu = config.integer("rte_dest_vcpu")
+        route = config.integer("route_vcpu") if self.closed else NONE
+        self.dest_vcpu = route if route >= 0 else config.integer("rte_dest_vcpu")
+        self.sample_on_exit = config.integer("sample_on_exit")
         self.apic_id_stride = config.integer("apic_id_stride") or (1 if self.closed else 2)
         self.gsi_shared = config.integer("gsi_shared")
         self.kick_ns = config.integer("kick_ns")
@@ -77,6 +83,25 @@ class CallbackMachine(Machine):
         self.monitor = CallbackMonitor(sink, config)
         self.watchdog = Watchdog(sink, config)
         self.started = False
+        # What-if on a recording: its bodies, the inferred sets that are still to come, the VM entries of bodies.
+        self.bodies: Bodies | None = None
+        self.recorded: Recorded | None = None
+        self.next_set = 0
+        self.next_inside = 0
+
+    def load(self, init: Mapping[str, Any]) -> None:
+        if self.measured is not None and isinstance(self.measured.aids, Recorded):
+            self.bodies = self.measured.bodies
+            self.recorded = self.measured.aids
+            self.schedule_set()
+
+    def schedule_set(self) -> None:
+        """The next inferred set goes on the agenda."""
+        recorded = self.recorded
+        if recorded is not None and self.next_set < len(recorded.sets):
+            at = max(recorded.sets[self.next_set], 0)
+            self.agenda.at(at, SOFTWARE, SET_DUE, recorded.set_doms[self.next_set])
+            self.next_set += 1
 
     def start(self) -> None:
         """What the recording can show decides which rules may speak."""
@@ -113,14 +138,17 @@ class CallbackMachine(Machine):
             d = self.domain(dom)
             self.seq = seq
             if kind == VMENTRY:
-                self.enter(d, v)
+                if self.recorded is None or not self.of_body(seq):
+                    self.enter(d, v)
             elif kind == UPCALL_SET:
-                self.upcall_set(d, v)
+                if self.recorded is None or not self.recorded.sets:
+                    self.upcall_set(d, v)
             elif kind == RUN:
                 d.vcpu(v).running = 1
                 self.enter(d, v)
             elif kind == STOP:
                 d.vcpu(v).running = 0
+                d.vcpu(v).blocked = val == BLOCKED
             elif kind == GSI_ASSERT:
                 d.hold(obj, tgt, 1)
             elif kind == GSI_DEASSERT:
@@ -131,6 +159,13 @@ class CallbackMachine(Machine):
                 d.set_param(val, obj)
             self.seq = NONE
             self.clock_stale(d)
+
+    def of_body(self, seq: int) -> bool:
+        """Whether a recorded VM entry belongs to the body of a recorded injection: it moves with the predicted one."""
+        inside = self.recorded.inside if self.recorded is not None else ()
+        while self.next_inside < len(inside) and inside[self.next_inside] < seq:
+            self.next_inside += 1
+        return self.next_inside < len(inside) and inside[self.next_inside] == seq
 
     def upcall_set(self, d: Domain, v: int) -> None:
         """An event arrives: vcpu0's flag goes from 0 to 1, or was 1 already."""
@@ -148,13 +183,40 @@ class CallbackMachine(Machine):
         t = self.now
         mine = vector == d.vector
         if mine:
+            since = d.latency_from if d.flag == 1 else NIL
             self.monitor.injected(d, d.vcpu(v), t, self.seq, 100)
+            self.effects.append((t, d.id << 16 | v))
+            if self.bodies is not None:
+                self.play(d, v, since, self.bodies)
+                return
             self.agenda.at(t + self.isr_clear_ns, SOFTWARE, CLEAR_DUE, d.id, v)
             if self.isr_mid_exit_ns:
                 self.agenda.at(t + self.isr_mid_exit_ns, SOFTWARE, ENTRY, d.id, v)
         self.agenda.at(t + self.isr_eoi_ns, SOFTWARE, EOI_DUE, d.id, v)
 
+    def play(self, d: Domain, v: int, since: int, bodies: Bodies) -> None:
+        """C2, C3: the body that was recorded for the flag set at `since` (NIL: the injection is spurious), on vcpu `v`.
+        One handler serves whatever was sent while the flag was set: bodies of such sets are dropped."""
+        t = self.now
+        taken = bodies.take(d.id, since, since) if since != NIL else ()
+        first = until = 0
+        if taken:
+            clear, eoi, after, first, until = taken[0]
+        else:
+            clear, eoi, after, _, _ = bodies.substitute(d.id) or (NIL, self.isr_eoi_ns, NIL, 0, 0)
+        if clear == NIL or clear >= eoi:
+            clear = self.isr_clear_ns if self.isr_clear_ns < eoi else eoi // 2
+        self.agenda.at(t + clear, SOFTWARE, CLEAR_DUE, d.id, v)
+        if self.recorded is not None:
+            for offset in self.recorded.entries[first:until]:
+                self.agenda.at(t + offset, SOFTWARE, ENTRY, d.id, v)
+        self.agenda.at(t + eoi, SOFTWARE, EOI_DUE, d.id, v, after if after != NIL else 0)
+
     def fire(self, action: int, a: int, b: int, c: int) -> None:
+        if action == SET_DUE:
+            self.upcall_set(self.domain(a), 0)
+            self.schedule_set()
+            return
         d = self.domains[a]
         if action == ENTRY:
             self.enter(d, b)
@@ -164,9 +226,11 @@ class CallbackMachine(Machine):
                 d.flag = 0
         elif action == EOI_DUE:
             d.eoi_exits += 1
+            if self.sample_on_exit:
+                self.policy.on_vmexit(d, b)
             if d.eoi(b, NONE) == d.vector:
                 d.callback_eois += 1
-            self.agenda.at(self.now + self.exit_ns, SOFTWARE, ENTRY, a, b)
+            self.agenda.at(self.now + (c or self.exit_ns), SOFTWARE, ENTRY, a, b)
         elif action == LOST_DUE:
             self.watchdog.lost_due(d, c, self.now)
         elif action == STUCK_DUE:

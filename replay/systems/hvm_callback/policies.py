@@ -25,6 +25,9 @@ class Policy:
     def on_eoi(self, d: Domain, v: int) -> None:
         """vCPU `v` wrote EOI, for whatever vector; the highest ISR bit is taken afterwards."""
 
+    def on_vmexit(self, d: Domain, v: int) -> None:
+        """vCPU `v` has left the guest; why is looked at afterwards. Only what-ifs on recordings have exits."""
+
 
 class Current(Policy):
     """hvm_set_callback_irq_level as of January 2008: `v->vcpu_id != 0` returns before the flag is looked at."""
@@ -67,3 +70,7 @@ class Applied(Policy):
     def on_vmentry(self, d: Domain, v: int) -> None:
         if d.via_asserted == 1 and d.flag == 0:
             d.line(0)
+
+    def on_vmexit(self, d: Domain, v: int) -> None:
+        """svm_vmexit_handler and vmx_vmexit_handler test before they handle the exit, so an EOI finds the line low."""
+        self.on_vmentry(d, v)

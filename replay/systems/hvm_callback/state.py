@@ -270,8 +270,12 @@ class Domain:
         return named
 
     def kick(self, v: int) -> None:
-        """vcpu_kick: a VM entry `kick_ns` later; nothing if the vCPU is not running. Recordings have their own."""
+        """vcpu_kick: a VM entry `kick_ns` later; nothing if the vCPU is not running. Recordings have their own. In a
+        what-if on a recording it wakes a vCPU that had blocked, as vcpu_kick does (scenarios know no such vCPU)."""
         machine = self.machine
+        vcpu = self.vcpu(v)
+        if machine.recorded is not None and vcpu.blocked and vcpu.running == 0:
+            vcpu.running = 1
         if machine.closed and self.vcpu(v).running == 1:
             machine.agenda.at(machine.now + machine.kick_ns, SOFTWARE, ENTRY, self.id, v)
 

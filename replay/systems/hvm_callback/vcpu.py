@@ -17,7 +17,7 @@ class Vcpu:
     """
 
     __slots__ = (
-        "after_eoi", "ahead_t", "begun", "entries_since_eoi", "flag_at_injection", "injected_conf",
+        "after_eoi", "ahead_t", "begun", "blocked", "entries_since_eoi", "flag_at_injection", "injected_conf",
         "injected_seq", "injected_t", "lapic", "last_entry_t", "number", "offline", "others_at_injection",
         "reads_at_injection", "ready_since", "running", "sets_at_injection", "work",
     )  # fmt: skip
@@ -28,6 +28,7 @@ class Vcpu:
         self.running = 1 if known else UNKNOWN
         self.ready_since = 0 if known else NIL
         self.offline = 0 if known else UNKNOWN
+        self.blocked = False  # what-if: it waits for an interrupt
         self.entries_since_eoi = 1
         self.last_entry_t = NIL
         self.ahead_t = NIL
