@@ -97,7 +97,13 @@ def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int, scan: Scan) -> tup
 
 
 def classify(
-    data: Array, raw: bytes, starts: Array, ends: Array, templates: list[Fast], layouts: tuple[Layout, ...], dot: int
+    data: Array,
+    raw: bytearray,
+    starts: Array,
+    ends: Array,
+    templates: list[Fast],
+    layouts: tuple[Layout, ...],
+    dot: int,
 ) -> tuple[Scan, dict[int, bytes]]:
     """Sort the lines [starts, ends) of `raw` (`data` is its array); also the instance name by row, if shown.
 
@@ -114,7 +120,7 @@ def classify(
     sources: dict[int, bytes] = {}
     for row in left[~stack & (ends[left] > starts[left])].tolist():
         begin, end = int(starts[row]), int(ends[row])
-        line = raw[begin : min(end, begin + PREFIX)]
+        line = bytes(raw[begin : min(end, begin + PREFIX)])
         if line[:1] == b"#":
             match = STARTED.match(line)
             if match:
@@ -160,7 +166,7 @@ def classify(
 
 def _in_columns(
     data: Array,
-    raw: bytes,
+    raw: bytearray,
     starts: Array,
     ends: Array,
     templates: list[Fast],
@@ -184,7 +190,7 @@ def _in_columns(
 
 
 def _learn(
-    raw: bytes,
+    raw: bytearray,
     starts: Array,
     ends: Array,
     left: Array,
@@ -195,14 +201,15 @@ def _learn(
     """A template from a line in the middle of those that fit none."""
     for place in (left.size // 2, left.size // 4, 3 * left.size // 4):
         row = int(left[place])
-        found = detect(raw[int(starts[row]) : min(int(ends[row]), int(starts[row]) + PREFIX)], layouts)
+        begin = int(starts[row])
+        found = detect(bytes(raw[begin : min(int(ends[row]), begin + PREFIX)]), layouts)
         fast = Fast.learn(*found) if found is not None else None
         if fast is not None and fast not in templates and fast.dot == dot:
             return fast
     return None
 
 
-def _columns(raw: bytes, ends: Array, lines: Lines, fast: Fast, scan: Scan) -> list[Array]:
+def _columns(raw: bytearray, ends: Array, lines: Lines, fast: Fast, scan: Scan) -> list[Array]:
     """The columns of `Records`, in their order."""
     rows = lines.row.size
     task = np.array(
@@ -217,7 +224,7 @@ def _columns(raw: bytes, ends: Array, lines: Lines, fast: Fast, scan: Scan) -> l
     rest, end = lines.rest, ends[lines.row]
     if fast.layout.pads:
         # --ts-diff puts the distance from the record before between time and name
-        for row in np.flatnonzero(np.frombuffer(raw, dtype=np.uint8)[np.minimum(rest, len(raw) - 1)] == 40).tolist():
+        for row in np.flatnonzero(np.frombuffer(raw, dtype=np.uint8)[rest] == 40).tolist():
             match = DISTANCE.match(raw, int(rest[row]), int(end[row]))
             rest[row] = match.end() if match else rest[row]
     one, zero = np.ones(rows, dtype=bool), np.zeros(rows, dtype=bool)

@@ -88,7 +88,7 @@ class Builder:
     def build(
         self,
         data: Array,
-        text: bytes,
+        text: bytearray,
         starts: Array,
         ends: Array,
         scan: Scan,
@@ -139,7 +139,7 @@ class Builder:
         common: list[pa.Array],
         records: Records,
         scan: Scan,
-        text: bytes,
+        text: bytearray,
         starts: Array,
         ends: Array,
     ) -> dict[str, pa.Table]:
@@ -306,7 +306,7 @@ class Builder:
         records: Records,
         index: Array,
         scan: Scan,
-        text: bytes,
+        text: bytearray,
         starts: Array,
         ends: Array,
     ) -> pa.Table:
@@ -331,7 +331,7 @@ class Builder:
         return pa.Table.from_arrays([*shared, *own], schema=FIXED[name].schema())
 
     def _stacks(
-        self, records: Records, index: Array, scan: Scan, text: bytes, starts: Array, ends: Array
+        self, records: Records, index: Array, scan: Scan, text: bytearray, starts: Array, ends: Array
     ) -> list[pa.Array]:
         rows = scan.stacks
         owner = np.searchsorted(records.row, rows) - 1
@@ -344,7 +344,7 @@ class Builder:
         for record, low, high in zip(
             index.tolist(), *(np.searchsorted(owner, index + add).tolist() for add in (0, 1)), strict=True
         ):
-            lines = [text[int(starts[row]) : int(ends[row])] for row in rows[low:high].tolist()]
+            lines = [bytes(text[int(starts[row]) : int(ends[row])]) for row in rows[low:high].tolist()]
             callers.append([escape(line.partition(b"=>")[2].strip()) for line in lines])
             previous = int(before[record])
             cpu = int(records.cpu[record])

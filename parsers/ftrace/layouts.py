@@ -124,13 +124,15 @@ class Fast:
         """Where the time begins, blanks on its left included."""
         return self.head + (self.flags + 2 if self.flags else 0)
 
-    def literals(self) -> dict[int, int]:
-        """Byte by column, where it is the same in every line."""
-        found = {16: 45, self.head - 1: 93, self.colon: 58, self.colon + 1: 32}
+    def literals(self) -> list[tuple[int, bytes]]:
+        """What is the same in every line, with its column."""
+        found = [(16, b"-"), (self.head - 1, b"]"), (self.colon, b": ")]
+        if self.flags:
+            found.append((self.after - 1, b" "))
         if self.layout.name == "kernel":
-            found |= {self.head: 32, self.after - 1: 32} if self.flags else {self.head: 32}
+            found.append((self.head, b" "))
         if self.dot:
-            found[self.colon - self.dot - 1] = 46
+            found.append((self.colon - self.dot - 1, b"."))
         return found
 
 
@@ -154,7 +156,7 @@ def fixed_columns(data: Array, starts: Array, ends: Array, rows: Array, fast: Fa
     """Records among the lines `rows` of [starts, ends) that obey `fast`, and the lines that do not."""
     begin, width = starts[rows], fast.colon + 2
     fits = ends[rows] - begin > width
-    fits &= _literals_fit(data, begin, fast, fits)
+    fits &= Text(data).fits(begin, width, fast.literals())
     if not fits.any():
         return None, rows
     text, begin = Text(data), begin if fits.all() else begin[fits]
@@ -194,7 +196,7 @@ def named(data: Array, starts: Array, templates: list[Fast], only: frozenset[str
     words = Text(data).words
     for fast in templates:
         begin = starts if rows.size == starts.size else starts[rows]
-        fits = _literals_fit(data, begin, fast, np.ones(rows.size, dtype=bool))
+        fits = Text(data).fits(begin, fast.colon + 2, fast.literals())
         start = words[np.minimum(begin + (fast.colon + 2), words.size - 1)]
         # --ts-diff puts "(+12) " before the name
         wanted = (start & np.uint64(255)) == 40 if fast.layout.pads else np.zeros(rows.size, dtype=bool)
@@ -207,20 +209,6 @@ def named(data: Array, starts: Array, templates: list[Fast], only: frozenset[str
         kept[rows[fits]] = wanted[fits]
         rows = rows[~fits]
     return kept
-
-
-def _literals_fit(data: Array, begin: Array, fast: Fast, fits: Array) -> Array:
-    """Whether a line's fixed characters stand where they should, among lines that fit so far."""
-    masks: dict[int, tuple[int, int]] = {}
-    for column, byte in fast.literals().items():
-        at, shift = column // 8 * 8, column % 8 * 8
-        mask, value = masks.get(at, (0, 0))
-        masks[at] = mask | 0xFF << shift, value | byte << shift
-    words = Text(data).words
-    good = fits
-    for at, (mask, value) in masks.items():
-        good = good & ((words[np.minimum(begin + at, words.size - 1)] & np.uint64(mask)) == np.uint64(value))
-    return good
 
 
 def _encoded(data: Array, at: Array, width: int) -> tuple[Array, list[bytes]]:

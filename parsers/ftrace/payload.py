@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from parsers.ftrace.arrays import Array, binary
+from parsers.ftrace.arrays import Array, binary, nulls
 from parsers.ftrace.columns import FTRACE_COMMON, escape
 from parsers.ftrace.convert import bitmask, each, fit, hexadecimal, parse_numbers, word_value
 from parsers.ftrace.quick import Rows, quick
@@ -32,6 +33,9 @@ TEXT = Table(
 #: How many event tables text may create by names and keys that nothing declares.
 MAX_TABLES = 2048
 MAX_KEYS = 64
+#: Events with at most so many different payloads in a batch, none longer than so many bytes, are looked up among the
+#: payloads met before; so many payloads are kept in all.
+MOST_LOOKED_UP, WIDEST_LOOKED_UP, MOST_KEPT = 256, 512, 1 << 15
 PROBE = {"__probe_ip": pa.uint64(), "__probe_ip_sym": pa.string()}
 RETURN = {
     "__probe_func": pa.uint64(),
@@ -148,6 +152,18 @@ def _infer(values: set[str]) -> pa.DataType:
     return pa.string()
 
 
+@dataclass(slots=True)
+class Known:
+    """Payloads of one event that were decoded before: row in `columns` by payload, -1 for those that stay text."""
+
+    place: dict[bytes, int]
+    columns: pa.RecordBatch | None
+
+
+def _no_columns(rows: int) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([nulls(pa.bool_(), rows)], names=["(none)"])
+
+
 class Payload:
     """Payloads of one event in two forms: byte positions, and (made when asked for) escaped strings."""
 
@@ -156,6 +172,19 @@ class Payload:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def longest(self) -> int:
+        """Bytes of the longest one."""
+        return int((self._rows.end - self._rows.start).max(initial=0))
+
+    def values(self) -> list[bytes]:
+        """All of them as they stand in the recording."""
+        rows = self._rows
+        return [self._raw[low:high] for low, high in zip(rows.start.tolist(), rows.end.tolist(), strict=True)]
+
+    def part(self, chosen: Array) -> Payload:
+        """Some of them."""
+        return Payload(self.rows(chosen), self._raw)
 
     def rows(self, chosen: Array) -> Rows:
         """Some of the rows (all of them: `chosen` as long as there are rows)."""
@@ -190,9 +219,56 @@ class Payloads:
         tables[TEXT.name] = TEXT
         self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
         self._plain: set[str] = set()
+        self._known: dict[str, Known] = {}
+        self._kept = 0
 
     def decode(self, name: str, payload: Payload) -> tuple[list[Built], Array]:
-        """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text."""
+        """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text.
+
+        The payloads must differ. Events that have few of them are looked up among those of earlier batches.
+        """
+        if not 0 < len(payload) <= MOST_LOOKED_UP or payload.longest() > WIDEST_LOOKED_UP:
+            return self._decode(name, payload)
+        known = self._known.get(name)
+        values = payload.values()
+        if known is None or not all(value in known.place for value in values):
+            known = self._learn(name, payload, values, known)
+        place = np.array([known.place[value] for value in values], dtype=np.int64)
+        rows = np.flatnonzero(place >= 0)
+        if known.columns is None or not rows.size:
+            return [], np.arange(len(values))
+        columns = known.columns.take(pa.array(place[rows]))
+        return [(rows, dict(zip(columns.schema.names, columns.columns, strict=True)))], np.flatnonzero(place < 0)
+
+    def _learn(self, name: str, payload: Payload, values: list[bytes], known: Known | None) -> Known:
+        """Decode what was not met before, and keep it; when too much is kept, start again."""
+        if self._kept > MOST_KEPT:
+            self._known.clear()
+            self._kept, known = 0, None
+        known = self._known.setdefault(name, known or Known({}, None))
+        new = np.array([number for number, value in enumerate(values) if value not in known.place], dtype=np.int64)
+        self._kept += new.size
+        built, rest = self._decode(name, payload.part(new))
+        known.place.update((values[int(new[row])], -1) for row in rest)
+        parts = [] if known.columns is None else [known.columns]
+        at = known.columns.num_rows if known.columns is not None else 0
+        for rows, columns in built:
+            known.place.update(zip((values[int(new[row])] for row in rows), range(at, at + rows.size), strict=True))
+            at += rows.size
+            own = [
+                columns[field].cast(kind) if field in columns else nulls(kind, rows.size)
+                for field, kind in self.types(name).items()
+            ]
+            struct = pa.StructArray.from_arrays(own, names=list(self.types(name))) if own else None
+            batch = pa.RecordBatch.from_struct_array(struct) if struct is not None else _no_columns(rows.size)
+            parts.append(batch)
+        if len(parts) > 1:
+            table = pa.Table.from_batches(parts).combine_chunks()
+            parts = table.to_batches() if table.num_columns else [_no_columns(at)]
+        known.columns = parts[0] if parts else None
+        return known
+
+    def _decode(self, name: str, payload: Payload) -> tuple[list[Built], Array]:
         known = declared().get(name)
         parts: list[Built] = []
         rest = np.arange(len(payload))
@@ -249,7 +325,11 @@ class Payloads:
                 rest = np.delete(rest, rows)
                 if not rest.size:
                     return rest
-        rows, columns = apply_shape(shape, payload.strings(rest), types)
+        strings = payload.strings(rest)
+        literal = max(shape.literals, key=len, default=b"").strip(b" ")
+        if literal and b"  " not in literal and literal not in memoryview(strings.buffers()[2]).tobytes():
+            return rest
+        rows, columns = apply_shape(shape, strings, types)
         if rows.size:
             parts.append((rest[rows], columns))
             rest = np.delete(rest, rows)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -102,22 +104,21 @@ def _spans(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Arra
     return taken, begin, stop
 
 
-def _walk(shape: Shape, payload: bytes) -> list[tuple[int, int]] | None:
+def _walk(shape: Shape, payload: bytes) -> tuple[tuple[int, int], ...] | None:
     """Where the parts begin and stop in one payload, each at the first place where the next literal could begin."""
-    place, spans = 0, []
-    for number in range(len(shape.parts)):
-        literal, following = shape.literals[number], shape.literals[number + 1]
-        if not payload.startswith(literal, place):
-            return None
-        begin = place + len(literal)
-        place = payload.find(following[:1], begin) if following else len(payload)
-        if place < 0:
-            return None
-        spans.append((begin, place))
-    return spans if payload[place:] == shape.literals[-1] else None
+    match = _steps(shape.literals).fullmatch(payload)
+    return match.regs[1:] if match is not None else None
 
 
-def _literal_places(shape: Shape, spans: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+@lru_cache(maxsize=4096)
+def _steps(literals: tuple[bytes, ...]) -> re.Pattern[bytes]:
+    pattern = b""
+    for literal, following in pairwise(literals):
+        pattern += re.escape(literal) + (b"([^" + re.escape(following[:1]) + b"]*)" if following else b"(.*)")
+    return re.compile(pattern + re.escape(literals[-1]), re.S)
+
+
+def _literal_places(shape: Shape, spans: tuple[tuple[int, int], ...]) -> list[tuple[int, bytes]]:
     places = [(begin - len(literal), literal) for literal, (begin, _) in zip(shape.literals, spans, strict=False)]
     return [*places, (spans[-1][1], shape.literals[-1])]
 

@@ -24,6 +24,8 @@ __all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
 BATCH = 12 << 20
 #: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
 LONGEST = 1 << 20
+#: Zeros after a batch, for what looks beyond a short last line.
+SPARE = 128
 #: Records that the lines after them belong to, or whose line does not print a name: `only` needs all lines for them.
 NEED_CONTEXT = frozenset({"kernel_stack", "user_stack", "function", "funcgraph", "(no name)", "(continued)", *MARKERS})
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -130,30 +132,38 @@ class FtraceTextReader:
             return ClockModel("none", None, first, "ticks", f"{origin} without stamps")
         return ClockModel("ticks", None, first, "ticks", f"{origin}, integer stamps")
 
-    def _batches(self) -> Iterator[tuple[bytes, bool]]:
-        """(text that ends with a newline, last one?); `self._carry` may be set by the consumer."""
+    def _batches(self) -> Iterator[tuple[bytearray, int, bool]]:
+        """(text, its length up to the end of a line, last one?); the consumer may set `self._carry`.
+
+        The text is followed by zeros and overwritten by the next one: new memory for each costs more than reading it.
+        """
         self._carry = b""
+        buffer = bytearray()
         while True:
-            block = self._stream.read(BATCH)
-            text = self._carry + block
-            self._carry = b""
-            if not block:
-                if text:
-                    if not text.endswith(b"\n"):
+            have = len(self._carry)
+            if len(buffer) < have + BATCH + SPARE:
+                buffer = bytearray(have + BATCH + LONGEST + SPARE)
+            buffer[:have], self._carry = self._carry, b""
+            with memoryview(buffer) as view:
+                size = have + self._stream.readinto(view[have : have + BATCH])  # type: ignore[attr-defined]
+            if size == have:
+                if size:
+                    if buffer[size - 1] != 10:
                         self._notes.append(note("ftrace-truncated", "no newline at the end", self._position))
-                        text += b"\n"
-                    yield text, True
+                        buffer[size], size = 10, size + 1
+                    buffer[size : size + SPARE] = bytes(SPARE)
+                    yield buffer, size, True
                 return
-            cut = text.rfind(b"\n") + 1
-            if len(text) - cut > LONGEST:
-                tail = self._skip_long(len(text) - cut)
+            cut = buffer.rfind(b"\n", 0, size) + 1
+            rest = bytes(buffer[cut:size])
+            buffer[cut : cut + SPARE] = bytes(SPARE)
+            if len(rest) > LONGEST:
+                tail = self._skip_long(len(rest))
                 if cut:
-                    yield text[:cut], True
+                    yield buffer, cut, True
                 self._skip(tail)
-                continue
-            rest = text[cut:]
-            if cut:
-                yield text[:cut], False
+            elif cut:
+                yield buffer, cut, False
                 self._carry += rest
             else:
                 self._carry = rest
@@ -179,8 +189,8 @@ class FtraceTextReader:
         self._line += 1
 
     def _produce(self) -> Iterator[Chunk]:
-        for text, last in self._batches():
-            tables = self._batch(text, last)
+        for text, size, last in self._batches():
+            tables = self._batch(text, size, last)
             if tables or self._gaps:
                 yield self._chunk(tables)
         self._finish()
@@ -205,10 +215,9 @@ class FtraceTextReader:
     def _extra_notes(self) -> list[Note]:
         return []
 
-    def _batch(self, text: bytes, last: bool) -> dict[str, pa.Table]:
-        # spare bytes: patterns of fixed columns look beyond short last lines
-        data = np.frombuffer(text + bytes(64), dtype=np.uint8)
-        ends = np.flatnonzero(data[: len(text)] == 10)
+    def _batch(self, text: bytearray, size: int, last: bool) -> dict[str, pa.Table]:
+        data = np.frombuffer(text, dtype=np.uint8, count=size + SPARE)
+        ends = np.flatnonzero(data[:size] == 10)
         starts = np.concatenate((np.zeros(1, dtype=np.int64), ends[:-1] + 1))
         returns = data[ends - 1] == 13  # before the first byte stands a spare one
         if returns.any():
@@ -217,13 +226,13 @@ class FtraceTextReader:
         if kept is not None:
             starts, ends = starts[kept], ends[kept]
         scan, sources = classify(data, text, starts, ends, self._templates, self._layouts, self._dot)
-        used, lines = len(text), starts.size if kept is None else self._lines_in
+        used, lines = size, starts.size if kept is None else self._lines_in
         rows = scan.records.row
         keep = starts.size
-        if not last and rows.size and len(text) - int(starts[rows[-1]]) < LONGEST:
+        if not last and rows.size and size - int(starts[rows[-1]]) < LONGEST:
             # what follows the last record may belong to it: both wait for the next batch
             keep = int(rows[-1])
-            self._carry = text[int(starts[keep]) :] + self._carry
+            self._carry = bytes(text[int(starts[keep]) : size]) + self._carry
             used, lines = int(starts[keep]), keep if kept is None else int(kept[keep])
         self._marks(scan, starts, keep)
         if keep < starts.size:
@@ -241,7 +250,7 @@ class FtraceTextReader:
         self._line += lines
         return tables
 
-    def _wanted(self, data: Array, text: bytes, starts: Array) -> Array | None:
+    def _wanted(self, data: Array, text: bytearray, starts: Array) -> Array | None:
         """Indices of the lines that `only` asks for, and of those that are no records; None: all lines.
 
         A line may be kept that nobody wants: `Builder` looks again.
@@ -257,11 +266,11 @@ class FtraceTextReader:
         places: list[int] = []
         for name in only:
             word = before + name.encode() + b":"
-            at = text.find(word)
+            at = text.find(word, 0, data.size)
             while at >= 0:
                 places.append(at)
                 # the same line cannot be wanted twice, but it is shorter than a search for its end
-                at = text.find(word, at + len(word))
+                at = text.find(word, at + len(word), data.size)
         wanted = np.zeros(starts.size, dtype=bool)
         wanted[np.searchsorted(starts, np.array(places, dtype=np.int64), side="right") - 1] = True
         first = data[starts]
