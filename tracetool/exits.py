@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Final
 
 __all__ = ["CLEAN", "FINDINGS", "INCONCLUSIVE", "INTERNAL", "UNREADABLE", "USAGE", "describe"]
@@ -29,6 +31,9 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", INTERNAL if error.filename is None else UNREADABLE
+    written = re.search(r"\(os error (\d+)\)", str(error))  # polars' writers
+    if written:
+        return f"cannot write: {os.strerror(int(written[1]))}", INTERNAL
     if isinstance(error, MemoryError):
         return "out of memory", INTERNAL
     kind = type(error).__name__

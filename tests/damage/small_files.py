@@ -23,14 +23,14 @@ BINARY = ("xentrace", "trace.dat")
 
 #: Sample and bytes of it (cut at the end of a line).
 _HEADS = {
-    "qemu": ("qemu-x86-ioapic.log.gz", 3000),
-    "xenalyze": ("xenalyze-dom0-idle.dump.txt.zst", 3000),
-    "xentrace_format": ("xentrace_format-dom0-idle.txt.zst", 3000),
-    "proc-interrupts": ("proc-interrupts-hpet.txt", 3000),
-    "timer-list": ("proc-timer_list.txt", 3000),
+    "qemu": ("qemu-x86-ioapic.log.gz", 1500),
+    "xenalyze": ("xenalyze-dom0-idle.dump.txt.zst", 1500),
+    "xentrace_format": ("xentrace_format-dom0-idle.txt.zst", 1500),
+    "proc-interrupts": ("proc-interrupts-hpet.txt", 1800),
+    "timer-list": ("proc-timer_list.txt", 2000),
     "lsevtchn": ("lsevtchn-hvm.txt", 600),
-    "trace-cmd-report": ("linux-6.1-tracecmd-v7.report-R.txt.zst", 2500),
-    "ftrace": ("ftrace-linux-6.1_03-tgid.txt.zst", 3500),
+    "trace-cmd-report": ("linux-6.1-tracecmd-v7.report-R.txt.zst", 1500),
+    "ftrace": ("ftrace-linux-6.1_03-tgid.txt.zst", 2200),
 }
 
 
@@ -38,7 +38,7 @@ _HEADS = {
 def small_file(name: str) -> bytes:
     """Bytes of a whole, undamaged recording for the reader of that name."""
     if name == "xentrace":
-        return _windows(3000)
+        return _windows(1500)
     if name == "trace.dat":
         return _tracedat()
     if name == "systrace":
@@ -68,7 +68,7 @@ def _windows(size: int) -> bytes:
 
 
 def _systrace() -> bytes:
-    text = _lines(sample("ftrace-linux-6.1_01-default.txt.zst"), 3000)
+    text = _lines(sample("ftrace-linux-6.1_01-default.txt.zst"), 1800)
     return (
         b'<!DOCTYPE html>\n<html><body>\n<script class="trace-data" type="application/text">\n' + text
         + b"</script>\n</body></html>\n"
@@ -87,7 +87,7 @@ def _perf() -> bytes:
             comm, pid, cpu, stamp, event, rest = match.groups()
             system = event.split(b"_")[0]
             out += b"%b %5d [%b] %b: %b:%b: %b\n" % (comm.rjust(16), int(pid), cpu, stamp, system, event, rest)
-    return _lines(out, 2500)
+    return _lines(out, 1500)
 
 
 def _tracedat() -> bytes:
