@@ -47,6 +47,7 @@ def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str
             {
                 "system": system,
                 "title": mine[0].get("title", ""),
+                "why": _recorded(mine),
                 "runs": [
                     {
                         "policy": r["policy"], "mode": r["mode"], "verdict": verdict_words(r),
@@ -60,6 +61,15 @@ def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str
             }
         )  # fmt: skip
     return tables
+
+
+def _recorded(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Which policy really ran, and how that is known."""
+    for run in runs:
+        said = run.get("recorded")
+        if isinstance(said, Mapping) and said.get("policy") and said.get("why"):
+            return f"What ran was {said['policy']}: {said['why']}"
+    return ""
 
 
 def _change(delta: float, old: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from replay.systems import SYSTEMS
 from tracetool import __version__
 from tracetool.report import model, words
 from tracetool.report.around import Events
@@ -22,13 +23,15 @@ from tracetool.report.figures import finding_lanes
 from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
 from tracetool.report.tables import Table, tables
-from tracetool.report.timeline import Window, meanings
+from tracetool.report.timeline import Moment, Window, meanings
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
 from tracetool.report.window import STORIES, view_of
 from tracetool.store import Dataset
 
 __all__ = ["CHART_BYTES", "render"]
 
+#: Episodes that the verdict names.
+FIRST: Final = 5
 #: Lines of the table of episodes that are not told in full, and occurrences listed for one episode.
 LISTED: Final = 250
 OCCURRENCES: Final = 60
@@ -73,7 +76,10 @@ def render(
         "headline": model.headline(runs, times),
         "summaries": [model.run_summary(r, times) for r in runs],
         "titles": {r["system"]: r.get("title", "") for r in runs},
+        "worst": [_line(s, times, place) for s in told[:FIRST] if s.severity != "info"],
+        "sights": {r["system"]: _sentence((r.get("seen") or {}).get("text", "")) for r in model.primary(runs)},
         "facts": _facts(manifest, times),
+        "concluded": _concluded(manifest),
         "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
         "observed": sorted((manifest.get("observed") or {}).items()),
         "gaps": [_gap(g, times) for g in gaps[:ROWS]],
@@ -223,7 +229,7 @@ def _told(story: Story, view: Window | None, times: words.Times, place: Place) -
         known = {s.seq for s in steps if s.seq is not None}
         lanes = set(finding_lanes(first, story.run["system"]))
         lanes |= {m.lane for m in view.moments if m.seq in known}
-        near = [m for m in view.moments if m.lane in lanes and m.seq not in known]
+        near = [m for m in view.moments if m.lane in lanes and m.seq not in known and not _stranger(m, story)]
         before = [m for m in near if m.t <= t][-BEFORE:]
         after = [m for m in near if m.t > t][:AFTER]
         steps += [Step(m.t, m.text, "context", m.source, m.offset, m.seq) for m in (*before, *after)]
@@ -244,6 +250,13 @@ def _told(story: Story, view: Window | None, times: words.Times, place: Place) -
     here_place = place(first.get("source"), first.get("offset"))
     rows.insert(here, {"t": t, "seq": 0, "dt": "0", "text": observed, "origin": "finding", "place": here_place})
     return rows
+
+
+def _stranger(moment: Moment, story: Story) -> bool:
+    """Whether an event is about another object of the same kind as the finding's: another port, another channel."""
+    own = story.first.get("obj")
+    same = words.noun(moment.kind) == words.noun(story.first["code"], story.run["system"])
+    return own is not None and same and moment.obj not in (None, own)
 
 
 def _place(single: bool, source: object, offset: int | None) -> str:
@@ -312,10 +325,14 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
         facts.append(("Span", f"{times.span(t1 - t0)}, from {times.at(t0)} to {times.at(t1)}"))
     else:
         facts.append(("Span", "unknown"))
-    for key, word in (("cpus", "CPUs"), ("domains", "Domains")):
-        values = manifest.get(key)
-        if values is not None:
-            facts.append((word, f"{len(values)}: {ranges(values)}" if values else "none seen"))
+    cpus = manifest.get("cpus")
+    if cpus is not None:
+        facts.append(("CPUs", f"{len(cpus)}: {ranges(cpus)}" if cpus else "none seen"))
+    domains = (manifest.get("facts") or {}).get("domains", manifest.get("domains"))
+    if isinstance(domains, Mapping) and domains:
+        facts.append(("Domains", ", ".join(f"d{dom} with {words.plural(n, 'vCPU')}" for dom, n in domains.items())))
+    elif domains:
+        facts.append(("Domains", f"{len(domains)}: {ranges(domains)}"))
     facts.append(("Clock", model.clock_words(clock)))
     if account:
         total = account.get("total", 0)
@@ -326,9 +343,21 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
     counts = manifest.get("counts")
     if counts:
         facts.append(("Records", f"{words.number(sum(counts.values()))} of {words.plural(len(counts), 'kind')}"))
-    for key, value in (manifest.get("facts") or {}).items():
-        facts.append((str(key).replace("_", " "), _plain(value)))
     return facts
+
+
+#: Facts that stand elsewhere in the report: in a table, among the thresholds, as the reason of a blind rule.
+_ELSEWHERE: Final = frozenset({"domains", "hpet_channels", "blind", *(f"{name}_config" for name in SYSTEMS)})
+
+
+def _concluded(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the binding concluded from the records, as pairs of words and values."""
+    facts = (manifest.get("facts") or {}).items()
+    return [(str(key).replace("_", " "), _plain(value)) for key, value in facts if key not in _ELSEWHERE]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _plain(value: object) -> str:

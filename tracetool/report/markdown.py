@@ -139,4 +139,5 @@ def _policies(table: Mapping[str, Any]) -> list[str]:
     rows = [["verdict", *(r["verdict"] for r in runs)], ["worth", *(escape(r["trust"]) for r in runs)]]
     rows += [[_code(f["name"]), *map(escape, f["cells"])] for f in table["found"]]
     rows += [[escape(m["label"]), *(escape(c[0]) for c in m["cells"])] for m in table["rows"]]
-    return [f"### Policies of {escape(table['system'])}", "", *_table(head, rows)]
+    why = [escape(table["why"]), ""] if table["why"] else []
+    return [f"### Policies of {escape(table['system'])}", "", *why, *_table(head, rows)]

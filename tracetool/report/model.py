@@ -476,7 +476,7 @@ def _facts(run: Mapping[str, Any], group: Sequence[Mapping[str, Any]], times: Ti
         source = f"{first['source']}, " if first.get("source") else ""
         facts["Record"] = f"{source}offset {first['offset']:#x}"
     else:
-        facts["Record"] = "none: computed by the model" if run["mode"] != "verify" else "offset unknown"
+        facts["Record"] = "none: computed by the model" if run["mode"] != "verify" else "none: noticed by the clock"
     low = min(f["confidence"] for f in group)
     high = max(f["confidence"] for f in group)
     facts["Confidence"] = f"{low} of 100" if low == high else f"{low} to {high} of 100"

@@ -101,6 +101,8 @@
     apply(choices[at]);
   });
   dark.addEventListener("change", redraw);
-  window.addEventListener("beforeprint", function () { root.setAttribute("data-theme", "light"); plots.forEach(draw); });
+  window.addEventListener("beforeprint", function () {
+    document.querySelectorAll("details").forEach(function (d) { d.open = true; });
+    root.setAttribute("data-theme", "light"); plots.forEach(draw); });
   window.addEventListener("afterprint", function () { apply(choices[at]); });
 })();

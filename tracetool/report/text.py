@@ -153,6 +153,7 @@ def _policies(runs: Sequence[Mapping[str, Any]], times: Times, width: int) -> li
     out: list[str] = []
     for table in comparison(runs, times):
         out += lines(f"{table['system']}: {table['title']}", width)
+        out += lines(table["why"], width, indent="  ", first="  ")
         heads = [clean(r["policy"]) for r in table["runs"]]
         body = [("verdict", [r["verdict"] for r in table["runs"]])]
         body += [("mode", [r["mode"] for r in table["runs"]])]

@@ -79,6 +79,7 @@ class Moment:
     source: str | None
     offset: int | None
     conf: int
+    obj: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +275,7 @@ def _moment(lane: str, row: Mapping[str, Any], times: Times) -> Moment:
     origin = row.get("origin") or {}
     return Moment(
         lane, row["t_ns"], row["kind"], describe(row, times), row["seq"], origin.get("file"), origin.get("offset"),
-        row["conf"],
+        row["conf"], row["obj"],
     )  # fmt: skip
 
 
