@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,19 +32,8 @@ MS = 1_000_000
 Event = tuple[int, str, Mapping[str, int]]
 
 
-class Plain(TwoLevelMachine):
-    """The machine without the short cuts of its loop."""
-
-    def take(self, rows: Iterable[tuple[int, ...]]) -> None:
-        for kind, t, d, v, p, tgt, val, flags, seq in rows:
-            self.advance(t)
-            dom = self.dom if d == self.dom.id else self.switch(d)
-            self.now = t
-            self.seq = seq
-            self.event(dom, kind, v, p, tgt, val, flags)
-
-
-PLAIN = replace(SYSTEM, make=lambda policy, config, sink, sub: Plain(policy, config, sink))
+#: The machine without its short cuts.
+PLAIN = replace(SYSTEM, make=lambda policy, config, sink, sub: TwoLevelMachine(policy, config, sink))
 
 
 def replay(

@@ -191,7 +191,8 @@ class QuickApicMachine(ApicMachine):
         for i, lane, step, vector in zip(range(n), lanes, steps, vectors):  # noqa: B905 (all are n long)
             if i >= stop:
                 self.advance(self.times[i])
-                stop = bisect_left(self.times, heap[0][0], i + 1) if heap else n
+                due = heap[0][0] if heap else INF
+                stop = bisect_left(self.times, due, i + 1)
             state = lane.state
             if step == TO_DELIVER:
                 if (state == ASKED and lane.vector == vector) or (state == REST and not accepts_seen):
@@ -234,7 +235,9 @@ class QuickApicMachine(ApicMachine):
             elif step == TO_IDLE and state != AWAKE:
                 continue
             self.long_way(lane, i)
-            stop = bisect_left(self.times, heap[0][0], i + 1) if heap else n
+            if heap and heap[0][0] != due:
+                due = heap[0][0]
+                stop = bisect_left(self.times, due, i + 1)
         self.monitor.max_nesting = max(self.monitor.max_nesting, deepest)
 
     def long_way(self, lane: Lane, row: int) -> None:

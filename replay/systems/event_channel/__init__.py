@@ -19,9 +19,9 @@ from replay.systems.event_channel.calibration import (
 )
 from replay.systems.event_channel.codes import CODES, PARAMETERS
 from replay.systems.event_channel.fifo import FifoMachine
-from replay.systems.event_channel.machine import TwoLevelMachine
 from replay.systems.event_channel.policies import POLICIES
 from replay.systems.event_channel.retimed import RetimedChannels
+from replay.systems.event_channel.short_cuts import QuickTwoLevelMachine
 
 __all__ = ["SYSTEM"]
 
@@ -33,7 +33,7 @@ def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
         known = ", ".join(name for name in POLICIES if name != "any")
         raise UsageError(f"the two-level ABI needs a policy that says how a port is unmasked: {known}")
     # Scenarios have their own latencies; `sub` "retimed" is a what-if on a recording.
-    return RetimedChannels(policy, config, sink) if sub == "retimed" else TwoLevelMachine(policy, config, sink)
+    return RetimedChannels(policy, config, sink) if sub == "retimed" else QuickTwoLevelMachine(policy, config, sink)
 
 
 SYSTEM = System(

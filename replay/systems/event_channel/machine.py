@@ -84,111 +84,14 @@ class TwoLevelMachine(TwoLevelRules):
         self.take(stream)
 
     def take(self, rows: Iterable[tuple[int, ...]]) -> None:
-        """The event glue. The five kinds that make up most of a recording are taken here where nothing is unknown or
-        in trouble; they do exactly what `send`, `on_handled`, `on_clear`, `on_upcall` and
-        `on_upcall_end` do then."""
-        heap = self.agenda.heap
-        monitor = self.monitor
-        recorded = not self.closed
+        """The event glue: every event to the method of its rule."""
         dom = self.dom
-        ports = dom.ports
-        slots = dom.slots
-        ready = dom.ready
-        dom_id = dom.id
-        limit = dom.limit
-        send, handled, clear, upcall, upcall_end = SEND, HANDLED, CLEAR, UPCALL, UPCALL_END
-        sends = coalesced = dispatches = upcalls = 0
         for kind, t, d, v, p, tgt, val, flags, seq in rows:
-            if heap and heap[0][0] <= t:
-                self.advance(t)
-            if d != dom_id:
+            self.advance(t)
+            if d != dom.id:
                 dom = self.switch(d)
-                ports = dom.ports
-                slots = dom.slots
-                ready = dom.ready
-                dom_id = d
-            if recorded and 0 <= p < limit and (channel := ports[p]) is not None:
-                if kind == send:
-                    if channel.pending == 1:
-                        sends += 1
-                        coalesced += 1
-                        continue
-                    n = channel.guest_cpu
-                    word = channel.word
-                    if (
-                        channel.pending == 0 == channel.masked
-                        and channel.notify_vcpu == n >= 0
-                        and monitor.delay_armed
-                        and ready[word] == 0
-                        and n < len(slots)
-                        and (vcpu := slots[n]) is not None
-                        and vcpu.in_upcall == 0
-                    ):
-                        bit = 1 << word
-                        if vcpu.sel_known & ~vcpu.sel & bit:
-                            sends += 1
-                            channel.pending = 1
-                            channel.pend_t = t
-                            channel.pend_seq = seq
-                            channel.select_vcpu = n
-                            ready[word] = channel.word_bit
-                            vcpu.sel |= bit
-                            vcpu.setter[word] = p
-                            vcpu.upcall_pending = 1
-                            continue
-                elif kind == clear:
-                    if not channel.trouble:
-                        channel.clears = True
-                        channel.pending = 0
-                        ready[channel.word] &= ~channel.word_bit
-                        continue
-                elif (
-                    kind == handled
-                    and channel.guest_cpu == v >= 0
-                    and channel.clears
-                    and channel.pending == 1
-                    and not channel.trouble
-                    and dom.handled_seen
-                    and v < len(slots)
-                    and (vcpu := slots[v]) is not None
-                ):
-                    dispatches += 1
-                    vcpu.dispatched += 1
-                    if channel.pend_t != NIL:
-                        delay = t - channel.pend_t
-                        self.delivery_ns += delay
-                        if delay > self.max_delivery_ns:
-                            self.max_delivery_ns = delay
-                        if delay > self.max_delivery_hot_ns and channel.word == 0:
-                            self.max_delivery_hot_ns = delay
-                    channel.hypercall_t = NIL
-                    continue
-            elif recorded and 0 <= v < len(slots) and (vcpu := slots[v]) is not None:
-                if kind == upcall:
-                    if vcpu.in_upcall == 0:
-                        upcalls += 1
-                        vcpu.in_upcall = 1
-                        vcpu.upcall_pending = 0
-                        known = vcpu.sel_all
-                        vcpu.taken = vcpu.sel | (known & ~vcpu.sel_known)
-                        vcpu.sel = 0
-                        vcpu.sel_known = known
-                        vcpu.latched = 0
-                        vcpu.dispatched = 0
-                        continue
-                elif kind == upcall_end and vcpu.in_upcall == 1 and vcpu.dispatched and not vcpu.latched:
-                    words = vcpu.taken
-                    if not words & (words - 1) and not ready[words.bit_length() - 1]:  # at most one, all of it handled
-                        vcpu.in_upcall = 0
-                        dom.ends_seen = True
-                        continue
-            self.now = t
             self.seq = seq
             self.event(dom, kind, v, p, tgt, val, flags)
-        self.sends += sends
-        self.coalesced += coalesced
-        self.handled += dispatches
-        self.upcalls += upcalls
 
     def event(self, dom: TwoLevelDomain, kind: int, v: int, p: int, tgt: int, val: int, flags: int) -> None:
         """Any event at `self.now`; those that only recordings have are skipped in closed runs."""
