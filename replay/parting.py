@@ -21,6 +21,8 @@ __all__ = ["LOST_REACH_NS", "part"]
 
 #: After lost records the state of an object is unknown for at least this long (ns).
 LOST_REACH_NS: Final = 10_000_000
+#: An object that is silent for this long (ns) after a missing outcome is taken to be dead.
+SILENCE_NS: Final = 1_000_000_000
 #: At most so many findings; a model that parts more often is wrong altogether.
 LIMIT: Final = 1_000
 
@@ -47,7 +49,8 @@ def part(
     `effects` are predicted (t ns, what); `recorded` are canonical events of the same outcomes (seq, t_ns, t_err_ns and
     the columns that `effect` reads). `words` names a `what`. `reach_ns`: how late an effect can come, so that one
     predicted closer to `end_ns` may be missing. `lost` are (t0, t1) of lost records. `inferred`: the stimuli were only
-    concluded from other records, so that one of them may be wrong: information only.
+    concluded from other records, so that one of them may be wrong: information only, unless the object is silent for
+    SILENCE_NS from then on.
     """
     predicted: dict[int, list[int]] = {}
     for t, what in effects:
@@ -71,7 +74,9 @@ def part(
                 findings.append(_extra(row_, words(what), times))
     if inferred:
         for finding in findings:
-            finding.severity = "info"
+            # A stimulus that is a little off moves an outcome; it does not end an object's life.
+            ends = finding.code is MODEL_MISSING and finding.seq == NONE and finding.t < end_ns - SILENCE_NS
+            finding.severity = finding.severity if ends else "info"
     findings.sort(key=lambda f: (f.t, f.code.name))
     return findings[:LIMIT]
 

@@ -256,7 +256,14 @@ def test_moves_of_the_whole_log_under_every_policy(tmp_path: Path) -> None:
     lines = lines_of(log)
     recorded = runs["merged-2017"]
     assert recorded["mode"] == "verify"
-    assert not [f for f in recorded["findings"] if f["severity"] != "info"]
+    # Xen took the last edge of SPI 79 while it was migrating, cleared its list register, moved the physical affinity,
+    # and never injected it: no IAR of vcpu 1, no deactivation, the line high to the end. Nothing but the model's
+    # prediction tells; the disk is dead from there on.
+    (lost,) = [f for f in recorded["findings"] if f["severity"] != "info"]
+    assert (lost["code"], lost["severity"]) == ("model-missing-outcome", "warn")
+    assert lost["expected"] == "interrupt 79 acknowledged on vcpu 1"
+    last = max(i for i, line in enumerate(lines) if "cpu 0 acknowledged irq 79" in line)
+    assert count(lines[last:], r"irq 79\b") == 1
     table = recorded["extra"]["vgic_moves"]
     assert recorded["metrics"]["itargets_writes"] == moves(lines) == 49
     in_flight = [m for m in table if m["list_register"] != "none"]
@@ -267,8 +274,10 @@ def test_moves_of_the_whole_log_under_every_policy(tmp_path: Path) -> None:
     for name in POLICIES[1:]:
         run = runs[name]
         assert run["mode"] == "what-if"
-        assert run["calibration"]["state"] == "uncalibrated"  # said so, with both numbers
+        assert run["calibration"]["state"] == "calibrated"
         assert run["calibration"]["metrics"]["itargets_writes"] == [49, 49]
+        assert run["calibration"]["metrics"]["migrations"] == [6, 5]
+        assert "known by their effect only" in run["calibration"]["assumptions"][0]
     # Only where the write changes the target and nothing else does the old vcpu get what was moved away from it.
     assert {"vgic-delivered-old-target", "vgic-lr-foreign-access"} == {
         f["code"] for f in runs["naive"]["findings"] if f["severity"] == "error"
@@ -276,7 +285,7 @@ def test_moves_of_the_whole_log_under_every_policy(tmp_path: Path) -> None:
     for name in ("merged", "patch-v8", "maintenance"):
         assert not [f for f in runs[name]["findings"] if f["severity"] == "error"]
     costs = {name: (runs[name]["metrics"]["sgis"], runs[name]["metrics"]["maintenance_irqs"]) for name in POLICIES[1:]}
-    assert costs == {"merged": (1, 0), "patch-v8": (2, 0), "maintenance": (4, 2), "naive": (0, 0)}
+    assert costs == {"merged": (1, 0), "patch-v8": (2, 0), "maintenance": (5, 0), "naive": (0, 0)}
 
 
 @pytest.mark.parametrize("name", ["qemu-x86-ioapic.log.gz", "qemu-arm64-gic.log.gz"])

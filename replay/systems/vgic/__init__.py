@@ -8,16 +8,21 @@ from replay.declare import Config, System
 from replay.events import KINDS
 from replay.machine import Machine
 from replay.sink import Sink
+from replay.systems.vgic.calibration import CALIBRATE, DRIVES, OUTCOMES, effect, effect_words, measure
 from replay.systems.vgic.codes import CODES, PARAMETERS
 from replay.systems.vgic.machine import VgicMachine
 from replay.systems.vgic.policies import Maintenance, Merged, Merged2017, Naive, PatchV8
 from replay.systems.vgic.recorded import RecordedVgic
+from replay.systems.vgic.retimed import RetimedVgic
 
 __all__ = ["SYSTEM"]
 
 
 def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
-    return VgicMachine(policy, config, sink) if sink.closed else RecordedVgic(policy, config, sink)
+    if not sink.closed:
+        return RecordedVgic(policy, config, sink)
+    # Scenarios have their own latencies; `sub` "retimed" is a what-if on a recording.
+    return RetimedVgic(policy, config, sink) if sub == "retimed" else VgicMachine(policy, config, sink)
 
 
 SYSTEM = System(
@@ -31,5 +36,10 @@ SYSTEM = System(
     make=_make,
     kinds=tuple(k.name for k in KINDS if k.sys in ("vgic", "sched", "trace")),
     recorded="merged-2017",  # what every Xen since 4.10 does
-    calibrate=("guest_acks", "itargets_writes", "migrations", "coalesced"),
+    calibrate=CALIBRATE,
+    drives=DRIVES,
+    measure=measure,
+    outcomes=OUTCOMES,
+    effect=effect,
+    effect_words=effect_words,
 )

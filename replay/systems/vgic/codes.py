@@ -196,6 +196,7 @@ PARAMETERS: Final[tuple[Parameter, ...]] = (
     Parameter("ack_ns", 500, "ns", "closed runs: from the load of a list register to the guest's IAR read"),
     Parameter("eoi_ns", 4_000, "ns", "closed runs: from IAR to EOIR"),
     Parameter("sgi_ns", 1_000, "ns", "closed runs: from sending a kick to the entry it causes"),
+    Parameter("match_ns", 2_000, "ns", "how far a predicted acknowledge may lie from the recorded one"),
     Parameter("phys_follows", "immediate", "", "'immediate': patch-v8 and naive move the physical affinity at the "
               "write to ITARGETSR; 'fixed': they never move it"),
     Parameter("strand_ns", 100_000, "ns", "QUEUED without a way forward for longer is stranded"),

@@ -1,0 +1,103 @@
+"""vGIC: what a what-if run takes from a recording (spec 0.6, S3.7).
+
+Exogenous are the device's edges, writes to ITARGETSR, unrelated traps, scheduling. An edge is taken when the core
+can: a lag. What the guest does with an interrupt, IAR and EOIR, is a body keyed to its arrival; it moves to whatever
+vcpu the interrupt is delivered to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import polars as pl
+
+from replay.bodies import Bodies, Lags, Measured, Read, median
+from replay.declare import Config
+
+__all__ = ["ACK", "CALIBRATE", "DRIVES", "EOI", "OUTCOMES", "effect", "effect_words", "measure"]
+
+#: Columns of a body (ns): from the arrival (from the load, if another vcpu's core took the interrupt) to IAR, from IAR
+#: to EOIR.
+ACK, EOI = range(2)
+
+CALIBRATE: Final = ("guest_acks", "itargets_writes", "migrations", "coalesced")
+DRIVES: Final = ("vgic.phys_irq", "vgic.itargets")
+OUTCOMES: Final = ("vgic.ack",)
+_KINDS: Final = (*OUTCOMES, "vgic.phys_irq", "vgic.lr_write", "vgic.eoi", "vgic.itargets", "gic.ack")
+VIRTUAL: Final = 1  # flag of gic.ack
+
+
+def effect(event: Mapping[str, int]) -> int:
+    """The guest's acknowledge as the machine's effects name it."""
+    return event["vcpu"] << 16 | event["obj"]
+
+
+def effect_words(what: int) -> str:
+    """The effect for people."""
+    return f"interrupt {what & 0xFFFF} acknowledged on vcpu {what >> 16}"
+
+
+def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
+    """Lags of arrivals, bodies of interrupts, and the vcpu that each goes to at first."""
+    result = Measured()
+    if "vgic.phys_irq" not in observed:
+        return result
+    events = read(_KINDS)
+    edges = _of(events, "vgic.phys_irq").drop_nulls("obj").select("seq", "obj", "t_ns")
+    physical = _of(events, "gic.ack").filter((pl.col("flags") & VIRTUAL) == 0)
+    if physical.height:
+        chain = _next(edges, "seq", physical, "taken")
+    else:
+        chain = edges.with_columns(taken=pl.col("t_ns"), taken_seq=pl.col("seq"), taken_on=pl.lit(None, pl.Int64))
+    chain = _next(chain, "taken_seq", _of(events, "vgic.lr_write"), "loaded")
+    chain = _next(chain, "loaded_seq", _of(events, "vgic.ack"), "acked")
+    chain = _next(chain, "acked_seq", _of(events, "vgic.eoi"), "ended")
+    chain = chain.sort("seq").unique("taken", keep="first", maintain_order=True)  # edges that coalesced share one
+    _arrivals(result, chain.drop_nulls("taken"))
+    result.bodies = Bodies(2)
+    whole = chain.drop_nulls(["taken", "loaded", "acked", "ended"]).with_columns(
+        since=pl.when(pl.col("taken_on").ne_missing(pl.col("loaded_on"))).then("loaded").otherwise("taken")
+    )
+    whole = whole.with_columns(ack=pl.col("acked") - pl.col("since"), eoi=pl.col("ended") - pl.col("acked"))
+    for (obj,), mine in whole.group_by("obj", maintain_order=True):
+        result.bodies.add(int(obj), mine["seq"].cast(pl.Int64).to_list(), mine["ack"].to_list(), mine["eoi"].to_list())
+    for name, column in (("ack_ns", "ack"), ("eoi_ns", "eoi")):
+        value = median(whole[column].to_list())
+        if value is not None:
+            result.values[name] = max(value, 1)
+    first = _of(events, "vgic.lr_write").drop_nulls(["obj", "vcpu"]).unique("obj", keep="first", maintain_order=True)
+    result.init = {"targets": {int(o): int(v) for o, v in first.select("obj", "vcpu").iter_rows()}}
+    weak = _of(events, "vgic.itargets").filter(pl.col("t_err_ns") > 2_000)
+    if weak.height:
+        widest = weak["t_err_ns"].max()
+        result.assumptions.append(
+            f"{weak.height} of the guest's writes to ITARGETSR are known by their effect only: up to "
+            f"{(widest if isinstance(widest, int) else 0) / 1e6:.1f} ms earlier than assumed"
+        )
+    return result
+
+
+def _of(events: pl.DataFrame, kind: str) -> pl.DataFrame:
+    return events.filter(pl.col("kind") == kind)
+
+
+def _next(chain: pl.DataFrame, after: str, marks: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Each row with the time (`name`) and seq of the next mark of its interrupt after the event `after`."""
+    marks = marks.select(
+        pl.col("seq").alias(f"{name}_seq"), pl.col("obj"), pl.col("t_ns").alias(name),
+        pl.coalesce(pl.col("vcpu").cast(pl.Int64), pl.col("cpu").cast(pl.Int64)).alias(f"{name}_on"),
+    )  # fmt: skip
+    known = chain.filter(pl.col(after).is_not_null()).sort(after)
+    found = known.join_asof(
+        marks.drop_nulls("obj").sort(f"{name}_seq"), left_on=after, right_on=f"{name}_seq", by="obj",
+        strategy="forward", check_sortedness=False, coalesce=False,
+    )  # fmt: skip
+    return pl.concat([found, chain.filter(pl.col(after).is_null())], how="diagonal_relaxed")
+
+
+def _arrivals(result: Measured, chain: pl.DataFrame) -> None:
+    """When each edge was taken by a core."""
+    result.lags = Lags(chain.select("seq", due="taken"))
+    if chain.height:
+        result.reach_ns = int((chain["taken"] - chain["t_ns"]).max() or 0)  # type: ignore[arg-type]
