@@ -20,7 +20,7 @@ import polars as pl
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
 from tracetool.query import ask, columns_of, findings_frame, tables_of
-from tracetool.replaying import Settings, choose, replay_dataset
+from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
 from tracetool.store import Dataset
 
 __all__ = ["Trace", "open"]
@@ -87,17 +87,20 @@ class Trace:
         policy: str | Sequence[str] = "current",
         *,
         set: Mapping[str, Mapping[str, Any]] | None = None,
+        recorded: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
         """Replay the dataset; returns one record for each run, as in `report -o x.json`.
 
         `system`: one or several, None for all that can be checked. `policy`: as `--policy` on the command line.
-        `set`: parameter values by system, for instance `{"hpet": {"slop_ns": 50_000}}`.
+        `set`: parameter values by system, for instance `{"hpet": {"slop_ns": 50_000}}`. `recorded`: the policy that
+        really ran, by system, where the recording does not tell.
         """
         systems = (system,) if isinstance(system, str) else tuple(system or ())
         policies = (policy,) if isinstance(policy, str) else tuple(policy)
         for name in systems:
             _known(name)
-        settings = Settings(tuple(choose(p) for p in policies), systems, _checked(set or {}))
+        ran = choose_recorded(f"{name}={policy}" for name, policy in (recorded or {}).items())
+        settings = Settings(tuple(choose(p) for p in policies), systems, _checked(set or {}), ran)
         return replay_dataset(self._dataset, settings)
 
     def findings(

@@ -75,9 +75,13 @@ def _replaying(
     system: Annotated[
         list[str] | None, typer.Option("--system", "-s", help="Only this system; repeat for more.")
     ] = None,
+    recorded: Annotated[
+        list[str] | None,
+        typer.Option("--recorded", help="SYSTEM=POLICY that really ran, where the recording does not tell."),
+    ] = None,
 ) -> Given:
     """What is replayed."""
-    return {"policies": tuple(policy or ()), "systems": tuple(system or ())}
+    return {"policies": tuple(policy or ()), "systems": tuple(system or ()), "recorded": tuple(recorded or ())}
 
 
 def _thresholds(

@@ -11,7 +11,7 @@ from typing import Any, Final
 from replay.declare import UsageError
 from tracetool import cache, exits, terminal
 from tracetool.ingest import Ingested, IngestOptions, parse_offset
-from tracetool.replaying import Settings, choose, replay_dataset
+from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
 from tracetool.results import SEVERITIES, worst
 from tracetool.settings import load_event_map, load_values
 from tracetool.store import Dataset
@@ -29,6 +29,7 @@ class Request:
     sets: tuple[str, ...] = ()
     config: Path | None = None
     options: IngestOptions = field(default_factory=IngestOptions)
+    recorded: tuple[str, ...] = ()
 
     def values(self) -> Mapping[str, Mapping[str, Any]]:
         """Parameter values by system, from the file and from `--set`."""
@@ -37,7 +38,7 @@ class Request:
     def settings(self) -> Settings:
         """Policies and systems to replay (default: what was recorded); UsageError for what does not exist."""
         policies = tuple(choose(p) for p in self.policies or ("current",))
-        return Settings(policies, self.systems, self.values())
+        return Settings(policies, self.systems, self.values(), choose_recorded(self.recorded))
 
 
 # -- options -------------------------------------------------------------------------------------------------------
