@@ -161,12 +161,16 @@ def ingest(
         list[str] | None,
         typer.Option("--offset", help="NAME=TICKS or NAME=12.5ms: add to that recording's stamps when merging."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="EVENT[,EVENT...]: keep only these; rules that need others are blind."),
+    ] = None,
 ) -> None:
     """Read recordings into a dataset of Arrow tables, losing nothing."""
     from tracetool import commands
     from tracetool.request import ingest_options
 
-    options = ingest_options(**reading, force=force, offsets=offset or ())
+    options = ingest_options(**reading, force=force, offsets=offset or (), only=only or ())
     raise typer.Exit(commands.ingest(recordings, output, options, json=json))
 
 

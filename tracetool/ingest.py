@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from parsers.chosen import chosen
 from parsers.formats import FORMATS, reader_class, sniff
 from parsers.open import Opened, open_recording
 from parsers.recording import Gap, Note, Reader, ReadOptions, RecordingError
@@ -31,6 +32,7 @@ __all__ = [
     "ingest",
     "label_of",
     "make_reader",
+    "note_left_out",
     "parse_offset",
     "store_records",
 ]
@@ -80,6 +82,8 @@ class IngestOptions:
     command: str = ""
     #: What to add to the stamps of recordings that are merged with another.
     offsets: tuple[Offset, ...] = ()
+    #: Names of the events that are wanted; empty: all.
+    only: frozenset[str] = frozenset()
 
 
 _TIME_UNITS: Final = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 10**9}
@@ -171,11 +175,23 @@ def _ingest(
         bound = bind(reader, dataset, label, options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
+        note_left_out(manifest, options, writer)
         batches = _reported(bound.batches, progress, manifest["span"]["records"])
         manifest["events"] = writer.write_events(batches, SCHEMA)
         manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
         writer.finish(manifest)
         return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
+
+
+def note_left_out(manifest: dict[str, Any], options: IngestOptions, writer: DatasetWriter) -> None:
+    """Say in manifest and notes that events were left out on purpose: rules that need those are blind, not clean."""
+    if not options.only:
+        return
+    met = [name for name in sorted(options.only) if manifest["counts"].get(name)]
+    absent = sorted(options.only - set(met))
+    manifest["left_out"] = {"kept": met, "not_met": absent, "why": "--only"}
+    text = f"kept only {', '.join(met) or 'nothing'}" + (f"; not met: {', '.join(absent)}" if absent else "")
+    writer.add_note(Note("events-left-out", "warn", text), "")
 
 
 def place_gaps(dataset: Records, gaps: Sequence[dict[str, Any]]) -> bool:
@@ -227,10 +243,9 @@ def make_reader(opened: Opened, options: IngestOptions, label: str, *, cpu_hz: f
         raise UsageError(f"no format {options.format!r}; there are {known}") from None
     if cls is None:
         raise RecordingError(f"expected a recording of a known format, found {head[:12]!r}; nothing was written")
-    return cls(
-        opened.stream,
-        ReadOptions(source=label, cpu_hz=cpu_hz or options.cpu_hz, xen_version=options.xen_version),
-    )
+    hz = cpu_hz or options.cpu_hz
+    asked = ReadOptions(source=label, cpu_hz=hz, xen_version=options.xen_version, only=options.only)
+    return chosen(cls(opened.stream, asked), options.only)
 
 
 def label_of(opened: Opened) -> str:

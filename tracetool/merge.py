@@ -84,6 +84,7 @@ def merge_recordings(
         writer.close_records()
         bounds = [_bind(source, sources, options) for source in sources]
         manifest = _manifest(sources, reference, options, hz)
+        ingest.note_left_out(manifest, options, writer)
         _say_what_binds(manifest, sources, bounds, reference)
         streams = [_stream(source, bound) for source, bound in zip(sources, bounds, strict=True)]
         streams += _callback_streams(sources, reference, manifest)

@@ -53,6 +53,7 @@ def ingest_options(
     *,
     force: bool = False,
     offsets: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> IngestOptions:
     """Checked options; UsageError names the one that is wrong."""
     return IngestOptions(
@@ -64,6 +65,7 @@ def ingest_options(
         command="tracetool " + " ".join(sys.argv[1:]),
         offsets=tuple(parse_offset(text) for text in offsets),
         event_map=load_event_map(event_map),
+        only=frozenset(name.strip() for names in only for name in names.split(",") if name.strip()),
     )
 
 

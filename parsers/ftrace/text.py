@@ -65,6 +65,7 @@ class FtraceTextReader:
     format: ClassVar[str] = "ftrace"
     note_codes: ClassVar[tuple[NoteCode, ...]] = NOTES
     accepts: ClassVar[tuple[str, ...]] = ("kernel", "latency")
+    leaves_out: ClassVar[bool] = True
 
     def __init__(self, stream: BinaryIO, options: ReadOptions) -> None:
         total = stream.seek(0, io.SEEK_END)

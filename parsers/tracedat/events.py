@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.recording import Note, ReadOptions
 from parsers.tables import Column, Table
 from parsers.tracedat.decode import Batch, Block, column, numbers
-from parsers.tracedat.formats import EventFormat
+from parsers.tracedat.formats import EventFormat, EventText
 from parsers.tracedat.header import Head, note
 from parsers.tracedat.layout import Limit
 from parsers.tracedat.symbols import Symbols
@@ -35,7 +36,7 @@ class Events:
     """The file's events by index; index 0 stands for records that none of them explains."""
 
     def __init__(self, head: Head, options: ReadOptions) -> None:
-        del options
+        self._only = options.only
         self.tables: dict[str, Table] = {RAW.name: RAW}
         self.counts: dict[str, int] = {}
         self._symbols = Symbols(head.symbols, head.word)
@@ -83,6 +84,14 @@ class Events:
                 self._short[self._names[int(number) - 1]] += int(count)
             index[short] = 0
         return index.astype(np.uint16)
+
+    def wanted(self, event: Array) -> Array:
+        """Which records `only` asks for; of several events of one name all are."""
+        kept = np.array([False, *(event.name in self._only or name in self._only for event, name in self._pairs())])
+        return np.asarray(kept[event])
+
+    def _pairs(self) -> Iterator[tuple[EventText, str]]:
+        return zip(self._formats, self._names, strict=True)
 
     def _parse(self, idents: Array) -> None:
         """Parse the formats of events that occur for the first time; a broken one declares nothing."""

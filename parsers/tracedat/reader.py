@@ -47,6 +47,7 @@ class TraceDatReader:
 
     format: ClassVar[str] = "trace.dat"
     note_codes: ClassVar[tuple[NoteCode, ...]] = NOTES
+    leaves_out: ClassVar[bool] = True
 
     def __init__(self, stream: BinaryIO, options: ReadOptions) -> None:
         total = stream.seek(0, io.SEEK_END)
@@ -290,12 +291,17 @@ class TraceDatReader:
         self, batch: Batch, records: Records, order: Array, stream: Array, keys: Array | None, offset: Array
     ) -> dict[str, pa.Table]:
         """Tables by event of the records `order`, which are in global order."""
-        rows = order.size
         if self._first is None and keys is not None:
             self._first = int(keys[0])
             self.clock = self._base.model(int(records.stamp[order[0]]))
         start, size = records.start[order], records.size[order]
         event = self._events.identify(batch, start, size)
+        if self._options.only:
+            wanted = self._events.wanted(event)
+            order, start, size, event = order[wanted], start[wanted], size[wanted], event[wanted]
+            stream, offset = stream[wanted], offset[wanted]
+            keys = keys[wanted] if keys is not None else None
+        rows = order.size
         by_event = np.argsort(event, kind="stable")
         start, size, stream = start[by_event], size[by_event], stream[by_event]
         cpu = np.array([s.cpu for s in self._streams], dtype=np.uint16)[stream]
