@@ -34,14 +34,18 @@ __all__ = ["GAPS_SCHEMA", "MANIFEST", "NOTES_SCHEMA", "Dataset", "DatasetWriter"
 MANIFEST: Final = "manifest.json"
 FORMAT_VERSION: Final = 1
 
-#: Rows of one table that are collected before a row group is written.
+#: Most rows of a row group.
 ROW_GROUP: Final = 512 << 10
+#: So many rows of a table are written without waiting for more.
+FULL_ROWS: Final = 32 << 10
+#: Bytes of new rows after which it is decided what is written and what waits.
+FRESH_BYTES: Final = 12 << 20
 #: Canonical events that are handed to a machine at a time.
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
-PENDING_BYTES: Final = 48 << 20
-#: Columns that grow steadily: deltas compress them to almost nothing.
-DELTA_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq"})
+PENDING_BYTES: Final = 32 << 20
+#: Columns in which rows are looked for: the file tells their range in each row group.
+SOUGHT_COLUMNS: Final = frozenset({"seq", "t_ns", "offset", "src_seq"})
 
 GAPS_SCHEMA: Final = pa.schema(
     [
@@ -88,42 +92,80 @@ def file_name(table: str) -> str:
     return safe if safe == table else f"{safe}-{crc32(table.encode('utf-8', 'surrogatepass')):08x}"
 
 
+def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Path and type of every column that is stored; a structure is its members."""
+    for field in fields:
+        if pa.types.is_struct(field.type):
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field.type
+
+
 class _TableWriter:
-    """One Parquet file, written a row group at a time."""
+    """One Parquet file, written a row group at a time.
+
+    64-bit columns are mostly stamps, offsets and counters, which grow slowly: they are stored as differences.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        delta = {f.name: "DELTA_BINARY_PACKED" for f in schema if f.name in DELTA_COLUMNS}
-        strings = [f.name for f in schema if pa.types.is_dictionary(f.type) or pa.types.is_string(f.type)]
+        leaves = dict(_leaves(schema))
+        wide = (pa.int64(), pa.uint64())
         self.rows = 0
-        self.pending: list[pa.Table] = []
+        self.fresh: list[pa.Table] = []  # as they came: perhaps a few rows of a large buffer
+        self.waiting: list[pa.Table] = []  # copied, so that they keep nothing else in memory
         self.pending_rows = 0
         self.schema = schema
+        sizes = [kind.bit_width / 8 if _is_fixed(kind) else None for kind in leaves.values()]
+        self.row_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
         self.writer = pq.ParquetWriter(
-            path, schema, compression="zstd", compression_level=1, use_dictionary=strings, column_encoding=delta
-        )  # fmt: skip
+            path,
+            schema,
+            compression="lz4",
+            use_dictionary=[name for name, kind in leaves.items() if _is_text(kind)],
+            column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind in wide},
+            write_statistics=[name for name in leaves if name in SOUGHT_COLUMNS] or False,
+            write_batch_size=FULL_ROWS,
+        )
 
     def append(self, table: pa.Table) -> int:
         """Keep rows for the next row group; returns their size in bytes."""
-        self.pending.append(table)
+        self.fresh.append(table)
         self.pending_rows += table.num_rows
-        return int(table.nbytes)
+        return int(table.nbytes if self.row_bytes is None else self.row_bytes * table.num_rows)
 
     def flush(self) -> None:
         """Write what waits as one row group."""
         if self.pending_rows:
-            self.writer.write_table(pa.concat_tables(self.pending).unify_dictionaries(), row_group_size=ROW_GROUP)
+            parts = self.waiting + self.fresh
+            whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).unify_dictionaries()
+            self.writer.write_table(whole, row_group_size=ROW_GROUP)
             self.rows += self.pending_rows
-        self.pending, self.pending_rows = [], 0
+        self.fresh, self.waiting, self.pending_rows = [], [], 0
 
-    def compact(self) -> None:
-        """Copy what goes on waiting: tables are slices of a batch, and a few rows would keep all of it in memory."""
-        if self.pending:
-            whole = pa.concat_tables(self.pending).unify_dictionaries()
-            self.pending = [whole.take(pa.array(range(whole.num_rows), pa.int32()))]
+    def compact(self) -> int:
+        """Copy what goes on waiting: tables are slices of a batch, and a few rows would keep all of it in memory.
+
+        Returns the size of what waits in bytes.
+        """
+        if self.fresh:
+            copied = pa.concat_tables([*self.fresh, self.fresh[0].slice(0, 0)]).unify_dictionaries().combine_chunks()
+            self.waiting.append(copied)
+            self.fresh = []
+        if self.row_bytes is None:
+            return sum(int(table.nbytes) for table in self.waiting)
+        return int(self.row_bytes * self.pending_rows)
 
     def close(self) -> None:
         self.flush()
         self.writer.close()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_dictionary(kind) or pa.types.is_string(kind))
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_primitive(kind) or pa.types.is_boolean(kind) or pa.types.is_dictionary(kind))
 
 
 class DatasetWriter:
@@ -136,7 +178,7 @@ class DatasetWriter:
             raise StoreError(f"{target} exists already: {hint}", 2)
         self.staging = target.parent / f".{target.name}.partial-{os.getpid()}"
         self.writers: dict[str, _TableWriter] = {}
-        self.pending_bytes = 0
+        self.fresh_bytes = 0
         self.gaps: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
 
@@ -164,8 +206,8 @@ class DatasetWriter:
         if writer is None:
             path = self.staging / "records" / f"{file_name(name)}.parquet"
             writer = self.writers[name] = _TableWriter(path, table.schema)
-        self.pending_bytes += writer.append(table)
-        if writer.pending_rows >= ROW_GROUP or self.pending_bytes > PENDING_BYTES:
+        self.fresh_bytes += writer.append(table)
+        if writer.pending_rows >= ROW_GROUP or self.fresh_bytes > FRESH_BYTES:
             self.flush()
 
     def schema_of(self, name: str) -> pa.Schema:
@@ -181,14 +223,21 @@ class DatasetWriter:
         return sum(w.rows + w.pending_rows for w in self.writers.values())
 
     def flush(self) -> None:
-        """Write what waits: all tables, or the big ones while small ones can wait."""
-        floor = 4096 if self.pending_bytes > PENDING_BYTES else ROW_GROUP // 8
-        for writer in self.writers.values():
-            if writer.pending_rows >= floor:
+        """Write the tables of which much waits; the biggest of the others too when they are too much together."""
+        waiting: list[tuple[int, str]] = []
+        for name, writer in self.writers.items():
+            if writer.pending_rows >= FULL_ROWS:
                 writer.flush()
-            else:
-                writer.compact()
-        self.pending_bytes = sum(t.nbytes for w in self.writers.values() for t in w.pending)
+            elif writer.pending_rows:
+                waiting.append((writer.compact(), name))
+        self.fresh_bytes = 0
+        pending = sum(size for size, _ in waiting)
+        if pending > PENDING_BYTES:
+            for size, name in sorted(waiting, reverse=True):
+                self.writers[name].flush()
+                pending -= size
+                if pending <= PENDING_BYTES // 2:
+                    break
 
     def add_gap(self, gap: Gap, source: str, t0_ns: int | None, t1_ns: int | None) -> None:
         """A gap, its ends in dataset time."""

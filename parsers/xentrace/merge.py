@@ -21,7 +21,7 @@ from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
 __all__ = ["BATCH_WORDS", "Batch", "Overrun", "batches"]
 
-BATCH_WORDS = 2 << 20  #: 8 MiB of words at a time
+BATCH_WORDS = 1 << 20  #: 4 MiB of words at a time
 MIN_PIECE_WORDS = 1024
 
 
@@ -101,7 +101,9 @@ def batches(source: Source, windows: Windows, batch_words: int = BATCH_WORDS) ->
         batch, given = _cut(words, pieces, heads, windows)
         quantum = batch_words if 4 * given >= total else max(MIN_PIECE_WORDS, batch_words // len(streams))
         if batch is not None:
-            yield batch
+            handed = [batch]
+            del batch  # the caller decides how long it lives
+            yield handed.pop()
 
 
 def _choose(

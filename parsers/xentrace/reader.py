@@ -129,7 +129,10 @@ class XentraceReader:
             _count(batch, batch.odd[batch.tsc[batch.odd] < batch.key[batch.odd]], back)
             _count(batch, batch.odd[batch.tsc[batch.odd] > batch.key[batch.odd]], wild)
             position += batch.done
-            yield Chunk(tables, gaps, notes, min(position, self.accounting.total))
+            chunk = Chunk(tables, gaps, notes, min(position, self.accounting.total))
+            del batch, tables  # nothing of this batch may stay while the next one is made
+            yield chunk
+            del chunk
             gaps, notes = [], []
         yield Chunk({}, self._truncation(), self._summary(decoder, back, wild), self.accounting.total)
 
