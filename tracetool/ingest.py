@@ -272,6 +272,7 @@ def store_records(
                 starts.append(extremes["min"])
                 ends.append(extremes["max"])
             cpus.update(c for c in pc.unique(table["cpu"]).to_pylist() if c is not None)
+            del table
         starts, ends = [min(starts)] if starts else [], [max(ends)] if ends else []
         for gap in chunk.gaps:
             writer.add_gap(gap, source, _ns(reader, gap.t0), _ns(reader, gap.t1))
@@ -279,6 +280,7 @@ def store_records(
             writer.add_note(note, source)
         if progress:
             progress("reading", chunk.position, opened.size)
+        del chunk  # the next one is made before the name is given to it
     return {
         "span": {"t0_ns": starts[0] if starts else 0, "t1_ns": ends[0] if ends else 0, "records": rows},
         "cpus": sorted(cpus),
