@@ -14,11 +14,21 @@ from tracetool import align, ingest
 from tracetool.ingest import IngestOptions, Offset
 from tracetool.store import Dataset, DatasetWriter
 
-__all__ = ["HYPERVISOR", "Source", "common_frequency", "listed", "named", "on_tsc", "place", "reference_of"]
+__all__ = [
+    "HYPERVISOR", "SNAPSHOTS", "Source", "common_frequency", "listed", "named", "on_tsc", "place", "place_snapshot",
+    "reference_of",
+]  # fmt: skip
 
 #: Formats of the hypervisor, and of kernels that may run on it.
 HYPERVISOR: Final = ("xentrace", "xenalyze", "xentrace_format")
 KERNEL: Final = ("ftrace", "trace.dat")
+#: Formats that show one moment. Without stamps, or with stamps that nothing ties to the recordings', they come before
+#: or after them, as they are named on the command line.
+SNAPSHOTS: Final = ("xen-console", "proc-interrupts", "timer-list", "lsevtchn")
+#: Between a snapshot without a time and the recordings (ns): nobody knows how long it really was.
+APART_NS: Final = 1_000_000_000
+#: The uncertainty that is stated for it (ns).
+UNPLACED_NS: Final = 4_000_000_000
 #: Formats whose raw stamps are the TSC when their clock says "tsc", and which take a stated frequency.
 _RAW_TSC: Final = ("xentrace", *KERNEL)
 _NS: Final = 10**9
@@ -91,6 +101,27 @@ def common_frequency(sources: Sequence[Source], reference: Source, options: Inge
         if source is not reference and raw and clock.hz != hz:
             with named(source.opened.name):
                 source.reader = ingest.make_reader(source.opened, options, source.label, cpu_hz=hz)
+
+
+def place_snapshot(source: Source, clocked: Sequence[Source], options: IngestOptions, *, before: bool) -> None:
+    """Put a snapshot before the first or after the last record, or where --offset says (`clocked` are in place)."""
+    spans = [(s.extent["span"], s.delta_ns) for s in clocked if s.rows]
+    own = source.extent["span"]
+    stated = next((o for o in options.offsets if o.label == source.label), None)
+    if stated is not None and not stated.ticks:
+        source.delta_ns, source.kind, source.how = stated.amount, "stated", "--offset"
+        return
+    if stated is not None:
+        raise UsageError(f"--offset: {source.label} has no TSC; give a time such as {source.label}=+2s")
+    if before:
+        source.delta_ns = min(span["t0_ns"] + delta for span, delta in spans) - own["t1_ns"] - APART_NS
+    else:
+        source.delta_ns = max(span["t1_ns"] + delta for span, delta in spans) - own["t0_ns"] + APART_NS
+    source.kind = "snapshot"
+    place_ = "before the first" if before else "after the last"
+    source.how = f"no clock in common: taken to come {place_} record, as named; when exactly is unknown"
+    if source.reader.clock.hz:
+        source.width_ns = UNPLACED_NS
 
 
 # -- finding the difference ----------------------------------------------------------------------------------------

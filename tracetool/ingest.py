@@ -33,6 +33,7 @@ __all__ = [
     "label_of",
     "make_reader",
     "note_left_out",
+    "note_snapshot",
     "parse_offset",
     "store_records",
 ]
@@ -48,6 +49,10 @@ BINDINGS: Final[Mapping[str, str]] = {
     "perf-script": "replay.binding.linux",
     "systrace": "replay.binding.linux",
     "qemu": "replay.binding.qemu",
+    "xen-console": "replay.binding.debugkeys",
+    "proc-interrupts": "replay.binding.debugkeys",
+    "timer-list": "replay.binding.debugkeys",
+    "lsevtchn": "replay.binding.debugkeys",
 }
 
 #: Bytes around a damaged stretch whose records say when it was.
@@ -176,6 +181,7 @@ def _ingest(
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
         manifest["facts"] = bound.facts
         note_left_out(manifest, options, writer)
+        note_snapshot(manifest)
         batches = _reported(bound.batches, progress, manifest["span"]["records"])
         manifest["events"] = writer.write_events(batches, SCHEMA)
         manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
@@ -192,6 +198,14 @@ def note_left_out(manifest: dict[str, Any], options: IngestOptions, writer: Data
     manifest["left_out"] = {"kept": met, "not_met": absent, "why": "--only"}
     text = f"kept only {', '.join(met) or 'nothing'}" + (f"; not met: {', '.join(absent)}" if absent else "")
     writer.add_note(Note("events-left-out", "warn", text), "")
+
+
+def note_snapshot(manifest: dict[str, Any]) -> None:
+    """The time of a snapshot's events is the binding's own (ns), and goes on until the last look at it."""
+    end = manifest["facts"].get("snapshot_end_ns")
+    if end is not None:
+        manifest["span"]["t1_ns"] = max(manifest["span"]["t1_ns"], int(end))
+        manifest["clock"]["unit"] = "ns"
 
 
 def place_gaps(dataset: Records, gaps: Sequence[dict[str, Any]]) -> bool:

@@ -22,11 +22,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parsers.open import open_recording
+from replay.binding import debugkeys
 from replay.binding.base import Bound, Context
 from replay.declare import UsageError
 from replay.events import SCHEMA
 from tracetool import align, ingest
-from tracetool.clocks import HYPERVISOR, Source, common_frequency, listed, named, on_tsc, place, reference_of
+from tracetool.clocks import (
+    HYPERVISOR,
+    SNAPSHOTS,
+    Source,
+    common_frequency,
+    listed,
+    named,
+    on_tsc,
+    place,
+    place_snapshot,
+    reference_of,
+)
 from tracetool.ingest import Ingested, IngestOptions, Progress
 from tracetool.store import DatasetWriter
 from tracetool.streams import KEPT_OF_GUEST, merged
@@ -68,14 +80,21 @@ def merge_recordings(
         for offset in options.offsets:
             if offset.label not in {s.label for s in sources}:
                 raise UsageError(f"--offset: no recording {offset.label!r}; there are {listed(sources)}")
-        reference = reference_of(sources)
+        clocked = [s for s in sources if s.reader.format not in SNAPSHOTS]
+        if not clocked:
+            raise UsageError(f"{listed(sources)} are snapshots; there is no recording to put them beside")
+        reference = reference_of(clocked)
         hz = float(reference.reader.clock.hz or 0)
-        common_frequency(sources, reference, options, hz)
+        common_frequency(clocked, reference, options, hz)
         for source in sources:
             _read(source, writer, stack, progress)
-        for source in sources:
+        for source in clocked:
             if source is not reference:
                 place(source, reference, options, hz)
+        first_clocked = sources.index(clocked[0])
+        for index, source in enumerate(sources):
+            if source not in clocked and source.rows:
+                place_snapshot(source, clocked, options, before=index < first_clocked)
         first = min(s.delta_ns for s in sources if s.rows)
         for source in sources:
             source.delta_ns -= first
@@ -86,6 +105,7 @@ def merge_recordings(
         manifest = _manifest(sources, reference, options, hz)
         ingest.note_left_out(manifest, options, writer)
         _say_what_binds(manifest, sources, bounds, reference)
+        ingest.note_snapshot(manifest)
         streams = [_stream(source, bound) for source, bound in zip(sources, bounds, strict=True)]
         streams += _callback_streams(sources, reference, manifest)
         manifest["events"] = writer.write_events(merged(streams), SCHEMA)
@@ -173,7 +193,29 @@ def _bind(source: Source, sources: Sequence[Source], options: IngestOptions) -> 
     given: dict[str, Any] = {"guests": guests} if guests else {}
     if source.dom is not None:
         given["dom"] = source.dom
-    return ingest.bind(source.reader, _Shifted(source), source.label, options, _shifted_gaps(source), given)
+    gaps = _shifted_gaps(source)
+    if source.reader.format in SNAPSHOTS:
+        given["snapshot"], apart = _beside(source, sources)
+        gaps = [*gaps, *apart]
+    elif not options.hpet_irqs:
+        dumps = [s for s in sources if s.reader.format in SNAPSHOTS and s.records is not None]
+        irqs = sorted({irq for s in dumps for irq in debugkeys.hpet_irqs(_Shifted(s))})
+        given |= {"hpet_irqs": tuple(irqs)} if irqs else {}
+    return ingest.bind(source.reader, _Shifted(source), source.label, options, gaps, given)
+
+
+def _beside(source: Source, sources: Sequence[Source]) -> tuple[str, list[dict[str, Any]]]:
+    """Whether a snapshot comes before or after the recordings, and the time between, of which nothing is known."""
+    spans = [
+        (s.extent["span"]["t0_ns"] + s.delta_ns, s.extent["span"]["t1_ns"] + s.delta_ns)
+        for s in sources
+        if s.rows and s.reader.format not in SNAPSHOTS
+    ]
+    start, end = min(lo for lo, _ in spans), max(hi for _, hi in spans)
+    at = source.extent["span"]["t0_ns"] + source.delta_ns
+    if at > end:
+        return "after", [{"t0_ns": end, "t1_ns": at, "cpu": None, "offset": 0, "lost": 0}]
+    return ("before" if at < start else "during"), []
 
 
 def _stream(source: Source, bound: Bound) -> Iterator[pa.Table]:
@@ -255,6 +297,8 @@ def _say_what_binds(
         for key, value in bound.facts.items():
             if key == "binding" and any(b.observed for b in bounds):
                 continue
+            if key == "blind" and source.reader.format in SNAPSHOTS and len(bounds) > 1 and "evtchn.send" in observed:
+                continue  # the recordings decide what a snapshot cannot
             if key not in facts or (isinstance(facts[key], str) and not isinstance(value, str)):
                 facts[key] = value
     manifest["observed"] = dict(sorted(observed.items()))

@@ -41,7 +41,7 @@ REMOTE_IRR_STUCK: Final = Code(
     "Remote IRR stays set while the vector it was sent with is in no IRR or ISR: the pin can never send again.",
     "The vector was rewritten in flight, or the EOI was lost.",
     "It is unknown where the vector is.",
-    needs=(_LINE, _RTE, _EOI),
+    needs=(f"{_LINE}|ioapic.remote_irr", _RTE, f"{_EOI}|lapic.snapshot"),
     thresholds=("ioapic_stuck_ns",),
 )
 LEVEL_STORM: Final = Code(

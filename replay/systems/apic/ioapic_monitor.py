@@ -195,9 +195,14 @@ class IoApicMonitor:
             w = self.watch(pin.number)
             w.unwanted = w.unwanted + 1 if result == 0 else 0
 
-    def check(self, t: int) -> None:
-        """Evaluate the time-outs now."""
+    def check(self, t: int, in_flight: int = -1) -> None:
+        """Evaluate the time-outs now. `in_flight`: vectors that may be requested or in service somewhere, as bits; -1:
+        of some local APIC that is not known."""
         for number, w in self.watches.items():
+            pin = self.ioapic.pins[number]
+            if in_flight >= 0 and pin.level == 1 and pin.remote_irr == 1 and not in_flight >> max(pin.sent, 0) & 1:
+                w.flight = GONE
+                w.gone_t = t
             if self._stuck(self.ioapic.pins[number], w):
                 self._report_stuck(self.ioapic.pins[number], w, t)
 

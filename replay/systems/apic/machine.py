@@ -284,7 +284,7 @@ class ApicMachine(Machine):
         elif kind == IOAPIC_REMOTE_IRR:
             self.ioapic(dom).remote_irr(obj, val, t)
         elif kind == IOAPIC_CHECK:
-            self.ioapic(dom).check(t)
+            self.ioapic(dom).check(t, self.in_flight(dom))
         elif kind == HPET_CMP:
             self.hpet.written(obj, val, val2, t, seq)
         elif kind == HPET_FIRE:
@@ -295,6 +295,18 @@ class ApicMachine(Machine):
             self.hpet.route(obj, NIL, val, t, seq)
         elif kind == HPET_CONFIG:
             self.hpet.configured(obj, val, val2, t)
+
+    def in_flight(self, dom: int) -> int:
+        """Vectors that are, or may be, in an IRR or ISR of the machine (NONE) or of a guest, as bits; -1 if unknown."""
+        bits = 0
+        mine = [p.lapic for p in self.processors.values() if p.dom == dom]
+        for lapic in mine:
+            if not lapic.isr_is_known() or lapic.irr_known != (1 << VECTORS) - 1:
+                return -1
+            bits |= lapic.irr
+            for vector in lapic.isr:
+                bits |= 1 << vector
+        return bits if mine else -1
 
     def request(self, dom: int, pins: list[Pin], seq: int) -> None:
         """L1 for the messages of pins. A recording states its accepts itself; a scenario leaves them to the model."""

@@ -19,6 +19,7 @@ from replay.systems.event_channel.calibration import (
 )
 from replay.systems.event_channel.codes import CODES, PARAMETERS
 from replay.systems.event_channel.fifo import FifoMachine
+from replay.systems.event_channel.mixed import MixedMachine
 from replay.systems.event_channel.policies import POLICIES
 from replay.systems.event_channel.retimed import RetimedChannels
 from replay.systems.event_channel.short_cuts import QuickTwoLevelMachine
@@ -32,6 +33,8 @@ def _make(policy: Any, config: Config, sink: Sink, sub: str) -> Machine:
     if not hasattr(policy, "on_unmask"):
         known = ", ".join(name for name in POLICIES if name != "any")
         raise UsageError(f"the two-level ABI needs a policy that says how a port is unmasked: {known}")
+    if sub == "mixed":
+        return MixedMachine(policy, config, sink)
     # Scenarios have their own latencies; `sub` "retimed" is a what-if on a recording.
     return RetimedChannels(policy, config, sink) if sub == "retimed" else QuickTwoLevelMachine(policy, config, sink)
 

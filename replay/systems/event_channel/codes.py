@@ -42,7 +42,8 @@ STRANDED: Final = Code(
     "The selector bit was set on the unmasking vCPU, on the vCPU of a disagreeing hypervisor binding, or "
     "before a rebind: nobody will look at the word until another event of the same word arrives.",
     "between the steps of E1; scan in progress; guest binding unknown",
-    (_SEND, "evtchn.unmask|evtchn.snapshot", "evtchn.upcall|evtchn.snapshot", "evtchn.handled", _BIND), ("strand_ns",),
+    (_SEND, "evtchn.unmask|evtchn.snapshot", "evtchn.upcall|evtchn.snapshot", "evtchn.handled|evtchn.snapshot", _BIND),
+    ("strand_ns",),
 )  # fmt: skip
 SELECTOR_WRONG_VCPU: Final = Code(
     "evtchn-selector-wrong-vcpu", "warn", "E1 E3", "Linux unmask_evtchn (2005), Xen evtchn_2l_set_pending",
@@ -113,7 +114,7 @@ LOST_WAKEUP_BLOCK: Final = Code(
     "evtchn-lost-wakeup-block", "error", "E1", "Xen vcpu_block, local_events_need_delivery",
     "A vCPU blocked, and stayed so, with an upcall pending and upcalls not masked.",
     "The test for pending events and the blocking raced.", "block returns immediately",
-    ("sched.stop", "sched.run", "evtchn.upcall", _SEND), ("strand_ns",), closed=False,
+    ("sched.stop", "sched.run", "evtchn.upcall|evtchn.snapshot", _SEND), ("strand_ns",), closed=False,
 )  # fmt: skip
 FIFO_PENDING_UNLINKED: Final = Code(
     "fifo-pending-unlinked", "error", "F1 F3", "Xen evtchn_fifo_set_pending, Linux evtchn_fifo_unmask",

@@ -268,7 +268,8 @@ class Monitor:
     def blocked(self, dom: TwoLevelDomain, vcpu: VcpuInfo, t: int) -> None:
         """The vCPU blocks (SCHEDOP_block, HLT)."""
         vcpu.block_gen += 1
-        if vcpu.upcall_pending == 1 and vcpu.upcall_mask == 0 and dom.sees_upcalls:
+        seen = dom.sees_upcalls or vcpu.upcall_t == t  # a snapshot of this moment shows the byte itself
+        if vcpu.upcall_pending == 1 and vcpu.upcall_mask == 0 and seen:
             self.agenda.at(t + self.strand_ns, SOFTWARE, BLOCK, dom.id, vcpu.number, vcpu.block_gen)
 
     def arm_delay(self, dom: TwoLevelDomain, t: int) -> None:
