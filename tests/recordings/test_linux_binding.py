@@ -108,8 +108,10 @@ def test_two_level_state_from_samples(tmp_path: Path, name: str, flows: int, cle
 
 def test_unmask_of_2005_would_set_selectors_of_wrong_vcpus(tmp_path: Path) -> None:
     """Ports 44 and 56 were pending when another vCPU unmasked them: the local unmask sets that vCPU's selector bit.
-    Both are in word 0, and another of its ports was waiting for the right vCPU, so its upcall finds them: the document's
-    "hot" word. With EVTCHNOP_unmask no selector is wrong."""
+
+    Both are in word 0, and another of its ports was waiting for the right vCPU, so its upcall finds them: the
+    document's "hot" word. With EVTCHNOP_unmask no selector is wrong.
+    """
     dataset = stored(shared_path("recordings/xen-2l/dom0-light.dat.zst"), tmp_path)
     runs = replayed(dataset, "evtchn=current", "evtchn=proposed", systems=("evtchn",))
     found = [(f["code"], f["vcpu"], f["obj"]) for f in runs["evtchn current"]["findings"] if f["severity"] != "info"]
