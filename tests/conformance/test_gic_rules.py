@@ -758,7 +758,8 @@ def test_the_story_names_each_register() -> None:
     ]  # fmt: skip
     last = [cpu_if(17, 0, 1, flags=3), eoi(18, 60), ack(20, 60, virtual=1)]
     f = replay([*RESET, *GUEST, *last], end=30, observed=ALL).findings[-1]
-    assert [e.label for e in f.evidence][-3:] == ["GICH 0x0 = 0x1 by cpu 0", "EOIR 0x3c by cpu 0", "virtual IAR 0x3c by cpu 0"]
+    last_three = [e.label for e in f.evidence][-3:]
+    assert last_three == ["GICH 0x0 = 0x1 by cpu 0", "EOIR 0x3c by cpu 0", "virtual IAR 0x3c by cpu 0"]
 
 
 def test_lockstep_has_at_least_the_private_interrupts_and_one_list_register_and_at_most_64() -> None:

@@ -195,13 +195,11 @@ class HpetBroadcast(Machine):
     def arm(self, channel: Channel, at: int) -> None:
         """Write the comparator; an earlier match is no longer due."""
         channel.gen += 1
-        channel.armed_at = at
-        self.agenda.at(at, HARDWARE, MATCH, channel.index, 0, channel.gen)
+        self.agenda.at(at, HARDWARE, MATCH, channel.index, c=channel.gen)
 
     def disarm(self, channel: Channel) -> None:
         """Push the comparator a full wrap away."""
         channel.gen += 1
-        channel.armed_at = INF
         channel.next_event = INF
 
     def retarget(self, channel: Channel, cpu: int) -> None:
@@ -217,7 +215,6 @@ class HpetBroadcast(Machine):
     def match(self, channel: Channel) -> None:
         """H1: the counter reached the comparator; the message goes to `dest` (A6)."""
         self.irqs += 1
-        channel.armed_at = INF
         cpu = self.cpu(channel.dest)
         blocker = self.blocker(cpu)
         if blocker == NONE:

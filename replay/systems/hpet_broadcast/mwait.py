@@ -110,7 +110,7 @@ class MwaitHandshake(Machine):
         s.idle = True
         s.deadline = deadline if deadline > 0 else INF
         for position, step in enumerate(HANDSHAKES[self.handshake]):
-            self.agenda.at(self.now + (position + 1) * self.step_ns, SOFTWARE, step, cpu, 0, s.generation)
+            self.agenda.at(self.now + (position + 1) * self.step_ns, SOFTWARE, step, cpu, c=s.generation)
 
     def fire(self, action: int, a: int, b: int, c: int) -> None:
         s = self.sleepers[a]
@@ -156,7 +156,6 @@ class MwaitHandshake(Machine):
                     )  # fmt: skip
                 self.write_wake_word(s)
             else:
-                s.softirq = True
                 self.send_ipi(s)
             return
         # One compare-exchange sets the softirq and learns the flag.

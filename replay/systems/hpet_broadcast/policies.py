@@ -79,11 +79,10 @@ class Current(BroadcastPolicy):
         """A1 pick, A2 attach, A3 arm: `hpet_get_channel`, `hpet_attach_channel`, `hpet_broadcast_enter`."""
         channel = self.get_channel(m, cpu)
         cpu.channel = channel.index
-        if channel.owner == NONE:  # A2: it turned unused meanwhile
-            channel.used = True
+        if channel.owner == NONE:  # A1: it was unused; A2: it turned unused meanwhile
             channel.owner = cpu.index
         if channel.owner == cpu.index:
-            self.affinity(m, channel)
+            self.affinity(m, channel, cpu)
         channel.members |= 1 << cpu.index
         if cpu.deadline < channel.next_event:
             m.program(channel, cpu.deadline, forced=True)
@@ -99,7 +98,6 @@ class Current(BroadcastPolicy):
             channel = m.channels[(start + step) % n]
             if not channel.used:
                 channel.used = True
-                channel.owner = cpu.index
                 return channel
         return m.channels[start]
 
@@ -107,8 +105,8 @@ class Current(BroadcastPolicy):
         """A5: a second move before an interrupt arrived through the new vector is refused."""
         return not channel.move_in_progress
 
-    def affinity(self, m: HpetBroadcast, channel: Channel) -> None:
-        """A5: point the message at the owner; an expiry inside the masked window is handled inline."""
+    def affinity(self, m: HpetBroadcast, channel: Channel, by: Cpu) -> None:
+        """A5: point the message at the owner; an expiry in the masked window is handled inline, on the CPU `by`."""
         owner = channel.owner
         if channel.dest != owner:
             if channel.dest == NONE:
@@ -120,7 +118,7 @@ class Current(BroadcastPolicy):
                 m.refusals += 1
                 m.monitor.stale(m.now, channel.index, owner, channel.dest)
         if channel.next_event < m.now:
-            self.on_interrupt(m, channel, m.cpu(owner))
+            self.on_interrupt(m, channel, by)
 
     def on_exit(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """A8: leave the members; hand an owned channel to the lowest of the rest, or release it."""
@@ -134,7 +132,7 @@ class Current(BroadcastPolicy):
             self.on_release(m, channel)
             return
         channel.owner = _members(channel.members)[0]
-        self.affinity(m, channel)
+        self.affinity(m, channel, cpu)
 
     def on_release(self, m: HpetBroadcast, channel: Channel) -> None:
         """A8: the comparator stays armed."""
@@ -160,7 +158,7 @@ class Upstream2025(Current):
     retargets = False
     mwait = "cmpxchg"
 
-    def affinity(self, m: HpetBroadcast, channel: Channel) -> None:
+    def affinity(self, m: HpetBroadcast, channel: Channel, by: Cpu) -> None:
         """A5 is one atomic address write: never refused, nothing masked, nothing run inline."""
         m.retarget(channel, channel.owner)
 
@@ -199,7 +197,6 @@ class Proposed(BroadcastPolicy):
     def own(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """B1, B4: the one place where the target is written."""
         channel.owner = cpu.index
-        channel.used = True
         channel.dest = cpu.index
         cpu.channel = channel.index
         if cpu.deadline < INF:
@@ -224,14 +221,12 @@ class Proposed(BroadcastPolicy):
         channel.members = 0
         self.release(m, channel)
         for index in sleepers:
-            m.cpus[index].channel = NONE
             m.wake_by_ipi(m.cpus[index])
 
     def release(self, m: HpetBroadcast, channel: Channel) -> None:
         """B6: disarmed and free."""
         m.disarm(channel)
         channel.owner = NONE
-        channel.used = False
 
     def on_interrupt(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """B6: the interrupt itself only wakes the owner, whose exit does the rest. It is on time for a busy owner."""
@@ -271,5 +266,5 @@ class ProposedKeep(Proposed):
         rest = min((c.deadline for c in members if c.deadline > m.now + m.slop_ns), default=INF)
         for member in due:
             m.wake_by_ipi(member)
-        if rest < INF and channel.owner != NONE:
+        if rest < INF:
             m.program(channel, rest, forced=True)

@@ -123,8 +123,8 @@ class RecordedBroadcast(Machine):
         self.cpus: dict[int, _Cpu] = {}
         self.channels: dict[int, _Channel] = {}
         self.suspects: list[_Suspect] = []
-        self.handlers_recorded = True
-        self.handler_conf = 100  # how sure it is that a handler is a channel's
+        self.handlers_recorded: bool
+        self.handler_conf: int  # how sure it is that a handler is a channel's
         self.open_gaps = 0
         self.gap_end = -1
         self.handlers = 0
@@ -220,7 +220,7 @@ class RecordedBroadcast(Machine):
         self.sleeps += 1
         self.comparators.entered(self.now, p, seq)
         if p.deadline < INF:
-            self.agenda.at(p.deadline + self.miss_ns, SOFTWARE, MISSED, p.index, 0, p.generation)
+            self.agenda.at(p.deadline + self.miss_ns, SOFTWARE, MISSED, p.index, c=p.generation)
 
     def exit(self, p: _Cpu, obj: int, reason: int, seq: int) -> None:
         """A CPU woke, by its own channel, by another CPU's handler, or by something else."""
@@ -237,8 +237,6 @@ class RecordedBroadcast(Machine):
             self.woke(p, reason, seq)
         p.asleep = 0
         p.since = self.now
-        p.deadline = INF
-        p.generation += 1
         self.comparators.exited(self.now, p)
         for ch in self.channels.values():
             # A8: it hands the channel over, which is recorded, or releases it. B6: it must have given it up.
@@ -435,8 +433,6 @@ class RecordedBroadcast(Machine):
         for p in self.cpus.values():
             if cpu in (NONE, p.index):
                 p.asleep = UNKNOWN
-                p.deadline = INF
-                p.generation += 1
                 p.stack.clear()
         for ch in self.channels.values():
             if self.fixed_owners:
@@ -444,7 +440,6 @@ class RecordedBroadcast(Machine):
             ch.target = NONE
             ch.owner = NONE
             ch.named = False
-        self.suspects.clear()
 
     def metrics(self) -> dict[str, int]:
         return {

@@ -11,12 +11,13 @@ class Channel:
     """One HPET comparator that can send a message.
 
     `members` are the CPUs that rely on it as a bit mask; under the proposed policies without the owner, for there it
-    is the wake list. `armed_at` is when the comparator will match (INF: not armed), `gen` invalidates older matches.
+    is the wake list. `gen` invalidates older matches of the
+    comparator.
     `vector_cpu` is where the interrupt's vector is valid; it lags behind `dest` while a move is in progress.
     """
 
     __slots__ = (
-        "armed_at", "dest", "gen", "handler_cpu", "index", "members", "move_in_progress", "next_event", "owner",
+        "dest", "gen", "handler_cpu", "index", "members", "move_in_progress", "next_event", "owner",
         "rerun", "used",
     )  # fmt: skip
 
@@ -26,7 +27,6 @@ class Channel:
         self.used = False
         self.members = 0
         self.next_event = INF
-        self.armed_at = INF
         self.gen = 0
         self.dest = NONE
         self.move_in_progress = False
