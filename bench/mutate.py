@@ -21,12 +21,15 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Mutant", "compiled", "described", "judge", "listed", "mutants_of", "run_sample", "score_text"]
+__all__ = [
+    "Mutant", "compiled", "described", "install", "judge", "listed", "mutants_of", "notices", "run_sample",
+    "score_text",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Mutants that change nothing anybody can see, each with its reason.
@@ -278,7 +281,7 @@ def _reasons() -> dict[tuple[str, Text], str]:
 # -- inside the process of one mutant --------------------------------------------------------------------------------
 
 
-def _install(mutant: Mutant, code: Any) -> None:
+def install(mutant: Mutant, code: Any) -> None:
     """Have the import system run the mutated code instead of the file."""
     from importlib.machinery import SourceFileLoader
 
@@ -291,7 +294,7 @@ def _install(mutant: Mutant, code: Any) -> None:
     setattr(SourceFileLoader, "get_code", replaced)  # noqa: B010  (a plain assignment has no type)
 
 
-def _notices(system: str) -> str:
+def notices(system: str) -> str:
     """Which part of the suite notices, "" if none does: scenarios, seeded bugs, rule tests; cheapest first."""
     from bench.mutation_judge import rule_tests
     from replay.scenario import load_scenario, mismatches, run_scenario
@@ -325,9 +328,9 @@ def _child(mutant: Mutant) -> None:
     code, same = mutated(mutant)
     if same and mutant.operator != BASELINE:
         sys.exit(3)
-    _install(mutant, code)
+    install(mutant, code)
     try:
-        by = _notices(mutant.system)
+        by = notices(mutant.system)
     except Exception as error:  # a mutant may break in any way
         by = f"error {type(error).__name__}"
     print(f"\n{by}")
@@ -373,17 +376,17 @@ def run_sample(
     count: int | None = None,
     *,
     seed: int = 1,
-    seconds: float = 30.0,
     budget: float = 1e9,
     systems: Sequence[str] = (),
     only: str = "",
     skip: str = "",
+    before: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Judge `count` mutants chosen by `seed` (None, or more than there are: all), as far as `budget` seconds go.
 
-    `seconds` is the limit of one mutant in a process of its own; `only` and `skip` are parts of "path:function".
-    Each result has the fields of its mutant, the verdict (caught, survived, equivalent), `by` (who noticed, or why
-    it is equivalent) and the change as text.
+    `only` and `skip` are parts of "path:function". `before` are results of an earlier run: mutants whose text was
+    caught then are not judged again (tests are only ever added). Each result has the fields of its mutant, the verdict
+    (caught, survived, equivalent), `by` (who noticed, or why it is equivalent) and the change as text.
     """
     everything = [m for system, path in _files() if not systems or system in systems for m in mutants_of(system, path)]
     if only or skip:
@@ -392,9 +395,19 @@ def run_sample(
     everything = random.Random(seed).sample(everything, len(everything))[:count]
     results: list[dict[str, Any]] = []
     reasons = _reasons()
+    keys = ("path", "inside", "original", "mutated")
+    # A text that occurs twice in a function is judged again.
+    often = Counter(tuple(r[k] for k in keys) for r in before)
+    caught = {tuple(r[k] for k in keys): r["by"] for r in before if r["verdict"] == "caught"}
+    caught = {key: by for key, by in caught.items() if often[key] == 1}
     start = time.monotonic()
     for system in dict.fromkeys(m.system for m in everything):
         mutants = [m for m in everything if m.system == system]
+        texts = {m: described(m) for m in mutants}
+        for mutant in [m for m in mutants if (m.path, *astuple(texts[m])) in caught]:
+            mutants.remove(mutant)
+            by = caught[mutant.path, *astuple(texts[mutant])]
+            results.append({**asdict(mutant), "verdict": "caught", "by": by, **asdict(texts[mutant])})
         left = budget - (time.monotonic() - start)
         if left <= 0:
             break
@@ -403,9 +416,7 @@ def run_sample(
                 print(f"{system}: {message['units']} tests, {message['seconds']} s", file=sys.stderr, flush=True)
                 continue
             mutant, verdict, by = mutants[message["number"]], message["verdict"], message["by"]
-            if verdict == "fresh":
-                verdict, by = judge(mutant, seconds)
-            text = described(mutant)
+            text = texts[mutant]
             reason = reasons.get((mutant.path, text))
             if reason and verdict == "survived":
                 verdict, by = "equivalent", f"listed: {reason}"
@@ -449,7 +460,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sample", type=int, help="how many mutants (default: all)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new ones after this many seconds")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a mutant in a process of its own")
+    parser.add_argument("--again", metavar="FILE", help="an earlier --json: what was caught there is not judged again")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--system", action="append", default=[], choices=list(FOLDERS))
     parser.add_argument("--only", default="", help="only where path:Class.function contains this")
@@ -459,9 +470,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         _child(Mutant(**json.loads(options.one)))
+    before = json.loads(Path(options.again).read_text(encoding="utf-8")) if options.again else ()
     results = run_sample(
-        options.sample, seed=options.seed, seconds=options.limit, budget=options.seconds, systems=options.system,
-        only=options.only, skip=options.skip,
+        options.sample, seed=options.seed, budget=options.seconds, systems=options.system, only=options.only,
+        skip=options.skip, before=before,
     )  # fmt: skip
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")

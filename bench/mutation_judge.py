@@ -4,7 +4,7 @@ The process loads the system, collects its scenarios, seeded bugs and rule tests
 long each takes and which lines of the machines it reaches. Then it forks for every mutant: the child puts the changed
 code into the loaded functions and runs the tests that reach the changed line, the best ones so far first, until one
 fails. What ran already while modules were loaded cannot be exchanged so: such mutants, and those of classes and
-modules, are judged by a fresh process each.
+modules, are judged by a fork that has loaded only libraries, and loads the changed file itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -126,13 +127,89 @@ def _functions() -> dict[Place, list[FunctionType]]:
     return found
 
 
+def _forked(work: Callable[[], Any], wall: float) -> Any:
+    """What `work` returns in a child process, or a word that says how the child ended."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(out)
+        status = 1
+        try:
+            signal.alarm(int(wall))
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            with os.fdopen(into, "wb") as pipe:
+                pickle.dump(work(), pipe)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(into)
+    with os.fdopen(out, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
+        return "time limit" if late else f"signal {os.WTERMSIG(status)}"
+    return pickle.loads(data) if data else "crash"
+
+
+class _Cold:
+    """A process that has loaded libraries but nothing of the project; it forks for every mutant."""
+
+    def __init__(self, system: str) -> None:
+        import hypothesis
+        import numpy
+        import polars
+        import pyarrow.compute
+        import pytest
+
+        self.loaded = (hypothesis, numpy, polars, pyarrow, pytest)
+        requests, self._ask = os.pipe()
+        self._answers, replies = os.pipe()
+        if os.fork() == 0:
+            os.close(self._ask)
+            os.close(self._answers)
+            try:
+                with os.fdopen(requests, "rb") as stream:
+                    while True:
+                        fields, text = pickle.load(stream)
+                        answer = _forked(partial(_cold_verdict, system, fields, text), 600.0)
+                        os.write(replies, (json.dumps(answer) + "\n").encode())
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+        self._stream = os.fdopen(self._answers, "r")
+
+    def judge(self, mutant: Any, text: str) -> tuple[str, str]:
+        """Verdict and who noticed."""
+        os.write(self._ask, pickle.dumps((asdict(mutant), text)))
+        answer = json.loads(self._stream.readline())
+        return ("caught", answer) if answer else ("survived", "")
+
+
+def _cold_verdict(system: str, fields: dict[str, Any], text: str) -> str:
+    """Who notices; "" for nobody."""
+    from bench.mutate import Mutant, compiled, install, notices
+
+    signal.setitimer(signal.ITIMER_PROF, 60.0)
+    mutant = Mutant(**fields)
+    install(mutant, compiled(mutant, text)[1])
+    try:
+        return notices(system)
+    except Exception as error:  # a mutant may break in any way
+        return f"error {type(error).__name__}"
+
+
 # -- the judge ---------------------------------------------------------------------------------------------------------
 
 
 class Judge:
     """Verdicts on mutants of one system."""
 
-    def __init__(self, units: list[Unit], at_import: set[Place], sources: dict[str, str]) -> None:
+    def __init__(self, units: list[Unit], at_import: set[Place], sources: dict[str, str], cold: _Cold) -> None:
+        self.cold = cold
         self.units = units
         self.at_import = at_import
         self.sources = sources
@@ -141,7 +218,7 @@ class Judge:
 
     def baseline(self) -> list[str]:
         """Run everything without a mutant, in a child; times and lines come back. Returns the failing ones."""
-        answer = self._forked(self._measure, 3600.0)
+        answer = _forked(self._measure, 3600.0)
         if not isinstance(answer, list):
             return [f"the run without a mutant ended: {answer}"]
         failed = []
@@ -188,32 +265,6 @@ class Judge:
             answers.append((bad, seconds, lines))
         return answers
 
-    def _forked(self, work: Callable[[], Any], wall: float) -> Any:
-        """What `work` returns in a child process, or a word that says how the child ended."""
-        out, into = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(out)
-            status = 1
-            try:
-                signal.alarm(int(wall))
-                quiet = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(quiet, 1)
-                os.dup2(quiet, 2)
-                with os.fdopen(into, "wb") as pipe:
-                    pickle.dump(work(), pipe)
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(into)
-        with os.fdopen(out, "rb") as pipe:
-            data = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGPROF)
-            return "time limit" if late else f"signal {os.WTERMSIG(status)}"
-        return pickle.loads(data) if data else "crash"
-
     def exchange(self, original: CodeType, changed: CodeType) -> list[tuple[FunctionType, CodeType]] | None:
         """Which functions get which code; None when that cannot be done in a loaded process."""
         pairs: list[tuple[FunctionType, CodeType]] = []
@@ -241,12 +292,12 @@ class Judge:
         return bool(pairs)
 
     def judge(self, mutant: Any, lines: range, original: CodeType, changed: CodeType) -> tuple[str, str]:
-        """Verdict and who noticed, or ("fresh", "") when a process of its own is needed."""
+        """Verdict and who noticed."""
         if changed == original:
             return "equivalent", "same code"
         pairs = self.exchange(original, changed)
         if pairs is None:
-            return "fresh", ""
+            return self.cold.judge(mutant, self.sources[mutant.path])
         name = str(ROOT / mutant.path)
         touched = {(name, line) for line in lines}
         units = [unit for unit in self.units if unit.lines & touched]
@@ -268,7 +319,7 @@ class Judge:
                     return number
             return -1
 
-        answer = self._forked(work, 600.0)
+        answer = _forked(work, 600.0)
         if answer == -1:
             return "survived", ""
         if isinstance(answer, int):
@@ -298,8 +349,10 @@ def _say(message: dict[str, Any]) -> None:
 class _Plugin:
     """Takes over where pytest would run what it collected."""
 
-    def __init__(self, request: dict[str, Any], units: list[Unit], loading: _Loading, sources: dict[str, str]) -> None:
-        self.request, self.units, self.loading, self.sources = request, units, loading, sources
+    def __init__(
+        self, request: dict[str, Any], units: list[Unit], loading: _Loading, sources: dict[str, str], cold: _Cold
+    ) -> None:
+        self.request, self.units, self.loading, self.sources, self.cold = request, units, loading, sources, cold
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Judge instead of testing."""
@@ -309,7 +362,7 @@ class _Plugin:
             if (ROOT / path).read_text(encoding="utf-8") != text:
                 _say({"failed": [f"{path} was edited meanwhile"]})
                 return True
-        judge = Judge(units, self.loading.ran, self.sources)
+        judge = Judge(units, self.loading.ran, self.sources, self.cold)
         gc.collect()
         gc.freeze()  # children share what is loaded; what is frozen is not listed by the collector, so not earlier
         failed = judge.baseline()
@@ -335,6 +388,7 @@ def main() -> None:
         if hashlib.sha256(sources[path].encode()).hexdigest() != digest:
             _say({"failed": [f"{path} was edited meanwhile"]})
             return
+    cold = _Cold(request["system"])
     import pytest
 
     loading = _Loading()
@@ -342,7 +396,7 @@ def main() -> None:
         units = _scenarios_and_bugs(request["system"])
     options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no", "-c", "/dev/null"]
     paths = rule_tests(request["system"])
-    plugin = _Plugin(request, units, loading, sources)
+    plugin = _Plugin(request, units, loading, sources, cold)
     sys.setprofile(loading.note)
     pytest.main([*options, "--rootdir", str(ROOT), *paths], plugins=[plugin])
 
