@@ -26,34 +26,16 @@ import numpy as np
 import pyarrow as pa
 
 import replay.machine
+from replay.compiled import MODULES
 from replay.declare import Config
 from replay.events import KIND_ID, KINDS, Batch
 from replay.scenario import load_scenario, run_scenario
 from replay.sink import Sink
 from replay.systems import SYSTEMS
 
-__all__ = ["COMPILED", "event_channel_mix", "lapic_mix", "main", "outcomes"]
+__all__ = ["event_channel_mix", "lapic_mix", "main", "outcomes"]
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-
-#: What mypyc compiles: state, transitions and monitors. Policies stay interpreted, so that a user's class and ours are
-#: called in the same way; declarations are not in the hot path.
-COMPILED: Final = (
-    "replay/agenda.py",
-    "replay/knowledge.py",
-    "replay/sink.py",
-    "replay/machine.py",
-    "replay/hardware/lapic.py",
-    "replay/hardware/evtchn_two_level.py",
-    "replay/systems/apic/state.py",
-    "replay/systems/apic/monitor.py",
-    "replay/systems/apic/ioapic_monitor.py",
-    "replay/systems/apic/hpet_block_monitor.py",
-    "replay/systems/apic/machine.py",
-    "replay/systems/event_channel/monitor.py",
-    "replay/systems/event_channel/rules.py",
-    "replay/systems/event_channel/machine.py",
-)
 
 #: Vectors delivered in xen-hvm-intx/boot.xentrace and how often: LAPIC timer, reschedule, callback, call function, PIT.
 BOOT_VECTORS: Final = ((0xEC, 5769), (0xFB, 1674), (0x21, 807), (0xFD, 242), (0x30, 118), (0x22, 12))
@@ -204,7 +186,7 @@ def measure(events: int, repeat: int) -> dict[str, Any]:
     return result
 
 
-def build(folder: Path, modules: Iterable[str] = COMPILED) -> None:
+def build(folder: Path, modules: Iterable[str] = MODULES) -> None:
     """Copy the packages to `folder` and compile `modules` there. RuntimeError with mypyc's words when that fails."""
     for package in ("parsers", "replay", "bench"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from replay.agenda import Agenda
+from replay.compiled import mypyc_attr
 from replay.events import Batch
 from replay.sink import Sink
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Machine"]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Machine:
     """Base of all machines. Subclasses define `columns`, `consume`, `fire`, `metrics` and their own state."""
 

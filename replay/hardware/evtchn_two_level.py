@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from replay.compiled import mypyc_attr
 from replay.events import INF, NIL, NONE
 from replay.knowledge import UNKNOWN, Bits
 
@@ -59,6 +60,7 @@ TYPE_VIRQ: Final = 4
 TYPE_IPI: Final = 5
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PortBits:
     """The two bits of one port, each 0, 1 or UNKNOWN. Both the event-channel and the irq-flow machine build on it."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import ClassVar, Final
 
+from replay.compiled import mypyc_attr
 from replay.events import KIND_ID, NIL, NONE
 from replay.hardware.evtchn_two_level import (
     ABI_FIFO,
@@ -63,6 +64,7 @@ PORT_KINDS: Final = frozenset(
 STATE_BLOCKED: Final = 2
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class TwoLevelMachine(TwoLevelRules):
     """Event channels of all guests of a host, two-level ABI."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from replay.agenda import SOFTWARE
+from replay.compiled import mypyc_attr
 from replay.declare import Config
 from replay.events import INF, NIL, NONE
 from replay.hardware.evtchn_two_level import Channel, TwoLevelDomain, VcpuInfo
@@ -22,6 +23,7 @@ DO_UPCALL: Final = 0
 MAX_VCPU: Final = 8192
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class TwoLevelRules(Machine):
     """State of all guests of a host, two-level ABI, and the transitions E1..E6."""
 

@@ -1,0 +1,48 @@
+"""Which modules the wheel has compiled (mypyc, the same sources), and whether these here are.
+
+Compiled are the machines that see most events, with their rules and monitors. Policies and declarations stay
+interpreted: a user's class and ours are called in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from typing import Final, TypeVar
+
+__all__ = ["MODULES", "is_compiled", "mypyc_attr"]
+
+#: What mypyc compiles, as one group.
+MODULES: Final = (
+    "replay/agenda.py",
+    "replay/knowledge.py",
+    "replay/sink.py",
+    "replay/machine.py",
+    "replay/hardware/lapic.py",
+    "replay/hardware/evtchn_two_level.py",
+    "replay/systems/apic/state.py",
+    "replay/systems/apic/monitor.py",
+    "replay/systems/apic/machine.py",
+    "replay/systems/apic/short_cuts.py",
+    "replay/systems/event_channel/monitor.py",
+    "replay/systems/event_channel/rules.py",
+    "replay/systems/event_channel/machine.py",
+    "replay/systems/event_channel/short_cuts.py",
+)
+
+T = TypeVar("T")
+
+try:
+    from mypy_extensions import mypyc_attr
+except ImportError:  # the marker matters to mypyc only
+
+    def mypyc_attr(*attrs: str, **kwattrs: object) -> Callable[[T], T]:
+        """Marks a class for mypyc, e.g. that classes of interpreted modules inherit from it."""
+        return lambda cls: cls
+
+
+def is_compiled() -> bool:
+    """Whether the machines are compiled, without importing them."""
+    spec = find_spec("replay.agenda")
+    return spec is not None and str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES))
