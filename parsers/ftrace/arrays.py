@@ -32,9 +32,9 @@ def bits(values: Array, valid: Array | None = None) -> pa.Array:
     )
 
 
-def dictionary(kind: pa.DataType, index: Array, names: list[str]) -> pa.Array:
-    """A dictionary column of type `kind` from indices into `names`."""
-    indices = plain(kind.index_type, index.astype(kind.index_type.to_pandas_dtype()))
+def dictionary(kind: pa.DataType, index: Array, names: list[str], valid: Array | None = None) -> pa.Array:
+    """A dictionary column of type `kind` from indices into `names`; rows where `valid` is False are null."""
+    indices = plain(kind.index_type, index.astype(kind.index_type.to_pandas_dtype()), valid)
     return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
 
 

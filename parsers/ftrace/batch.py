@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parsers.ftrace.arrays import Array
-from parsers.ftrace.layouts import FEWEST_LINES, MOST_TEMPLATES, Fast, Layout, Lines, detect, fixed_columns
+from parsers.ftrace.layouts import (
+    BARE,
+    FEWEST_LINES,
+    MOST_TEMPLATES,
+    Fast,
+    Layout,
+    Lines,
+    detect,
+    fixed_columns,
+    stamp_of,
+)  # fmt: skip
 
 __all__ = ["Records", "Scan", "classify"]
 
@@ -19,6 +29,12 @@ QUIET = re.compile(rb"cpus=\d+|version = \d+|trace:.*|TRACE:| *-{3,}|\w+: +cpus=
 GRAPH = re.compile(
     rb" *(?:(?P<abs>\d{1,10}\.\d{6}) +\| +)?(?P<cpu>\d{1,5})\) +(?:(?P<comm>\S.{0,18}?)-(?P<pid>\d{1,10}) +\| +)?"
     rb"(?P<mark>[+!#*@$])? *(?:(?P<dur>\d{1,15}(?:\.\d{1,3})?) us)? +\|(?P<call> .*)",
+    re.S,
+)
+#: The same without the CPU (funcgraph-cpu off): told by its duration, or by the blanks in place of it.
+CALL = re.compile(
+    rb"(?P<abs>)(?P<cpu>)(?P<comm>)(?P<pid>)(?: {8,}| *(?P<mark>[+!#*@$])? *(?P<dur>\d{1,15}(?:\.\d{1,3})?) us +)"
+    rb"\|(?P<call>  .*)",
     re.S,
 )
 SWITCH = re.compile(rb" *\d{1,5}\) .{1,60} => .*", re.S)
@@ -32,7 +48,7 @@ class Records:
     """Columns of records as NumPy arrays, in line order; -1 = not shown. Starts are byte positions in the batch."""
 
     row: Array
-    comm: Array  # index into `Scan.comms`
+    comm: Array  # index into `Scan.comms`, -1 not shown
     pid: Array
     tgid: Array
     cpu: Array
@@ -78,22 +94,28 @@ def _slow(line: bytes, layouts: tuple[Layout, ...], dot: int, scan: Scan) -> tup
         return None
     _, match = found
     groups = match.groupdict()
-    stamp = match["ts"]
+    stamp = stamp_of(match)
     value = int(stamp.replace(b".", b""))
     if b"." in stamp and dot:
         shown = len(stamp) - stamp.index(b".") - 1
         value = value * 10 ** (dot - shown) if shown <= dot else value // 10 ** (shown - dot)
     value = max(-(1 << 62), min(value, (1 << 63) - 1))
     tgid, flags = groups.get("tgid"), groups.get("flags")
-    pid, thread = int(match["pid"]), groups.get("tid")
+    if groups.get("vflags"):
+        flags = b"#" + match["vflags"] + b":" + match["vpreempt"]
+    base, mark = (16, "x") if groups.get("xpid") else (10, "")
+    pid, cpu, thread = int(match[f"{mark}pid"], base), int(match[f"{mark}cpu"], base), groups.get("tid")
     leader = int(tgid) if tgid and tgid.strip().isdigit() else -1
     if thread:
         leader, pid = pid, int(thread)
-    if pid > 0x7FFFFFFF or leader > 0x7FFFFFFF or int(match["cpu"]) > 0xFFFF:
+    if base == 16:
+        pid, cpu = pid if pid <= 0x7FFFFFFF else -1, cpu if cpu <= 0xFFFF else -1
+    if pid > 0x7FFFFFFF or leader > 0x7FFFFFFF or cpu > 0xFFFF:
         return None
     word = scan.words[flags] if flags else -1
-    comm = scan.comms[match["comm"]]
-    return match.start("comm"), comm, pid, leader, int(match["cpu"]), word, value, match.start("rest")
+    # raw and hex show no name; an empty one is a name
+    comm = scan.comms[match["comm"]] if match.end("comm") or match.start("pid" if base == 10 else "xpid") else -1
+    return match.start("comm"), comm, pid, leader, cpu, word, value, match.start("rest")
 
 
 def classify(
@@ -107,7 +129,8 @@ def classify(
 ) -> tuple[Scan, dict[int, bytes]]:
     """Sort the lines [starts, ends) of `raw` (`data` is its array); also the instance name by row, if shown.
 
-    `templates` grows by the column layouts that are met.
+    `templates` grows by the column layouts that are met. Without any layout (nothing but names and payloads) each
+    line that names an event is one.
     """
     scan = Scan(_empty(), np.zeros(0, dtype=np.int64))
     parts, left = _in_columns(data, raw, starts, ends, templates, layouts, dot, scan)
@@ -140,13 +163,15 @@ def classify(
             if b": " in line[: comm_at + 1]:
                 sources[row] = line.split(b":", 1)[0]
             continue
-        graph = GRAPH.fullmatch(line)
-        if graph is not None and int(graph["cpu"]) <= 0xFFFF:
+        graph = GRAPH.fullmatch(line) or CALL.fullmatch(line)
+        if graph is not None and int(graph["cpu"] or 0) <= 0xFFFF:
             slow.append(_graph(graph, row, begin, end, scan))
             continue
         lost = LOST.match(line)
         if lost is not None:
             scan.lost.append((row, int(lost[1]), int(lost[2]) if lost[2] else None))
+        elif not layouts and BARE.fullmatch(line):
+            slow.append((row, -1, -1, -1, -1, -1, 0, 0, begin, end, -1, 0))
         elif not QUIET.fullmatch(line) and not SWITCH.fullmatch(line):
             scan.unknown.append(row)
     if slow:
@@ -238,7 +263,7 @@ def _graph(match: re.Match[bytes], row: int, begin: int, end: int, scan: Scan) -
     """A function_graph line; an event in a comment becomes a record of its own, without a stamp unless one is shown."""
     shown = match["abs"]
     stamp = int(shown.replace(b".", b"")) if shown else 0
-    comm = scan.comms[match["comm"] or b""]
+    comm = scan.comms[match["comm"]] if match["comm"] else -1
     pid = int(match["pid"]) if match["pid"] else -1
     duration = -1
     if match["dur"]:
@@ -252,7 +277,7 @@ def _graph(match: re.Match[bytes], row: int, begin: int, end: int, scan: Scan) -
         end = end - 3 if text.endswith(b" */") and end - begin <= PREFIX else end
         is_call = 0
     return (
-        row, comm, min(pid, 0x7FFFFFFF), -1, int(match["cpu"]), -1, stamp, int(bool(shown)), rest, end, duration,
+        row, comm, min(pid, 0x7FFFFFFF), -1, int(match["cpu"] or -1), -1, stamp, int(bool(shown)), rest, end, duration,
         is_call,
     )  # fmt: skip
 

@@ -13,10 +13,11 @@ from parsers.ftrace.arrays import Array, constant, dictionary, nulls, plain
 from parsers.ftrace.batch import Records, Scan
 from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.ftrace.flags import decode_flags
-from parsers.ftrace.layouts import Layout
+from parsers.ftrace.layouts import BARE, Layout
 from parsers.ftrace.notes import note
 from parsers.ftrace.payload import TEXT, Built, Payload, Payloads
 from parsers.ftrace.rests import Rests, split
+from parsers.ftrace.shapes import is_known
 from parsers.recording import ClockModel, Note, ReadOptions
 from parsers.tables import Column, Table
 
@@ -106,13 +107,17 @@ class Builder:
         rests = split(data, records, self._layout.pads)
         code = rests.code[rests.index]
         strays = scan.unknown
-        owners = self._owners(scan, code, rests.names) if strays else None
-        if owners is not None:
-            added, of, strays = owners
-            records, continued = self._continued(records, added, of, starts, ends)
-            rests = split(data, records, self._layout.pads)
-            code = rests.code[rests.index]
-            code[continued] = rests.number("(continued)")
+        if strays:
+            added, of, strays = self._owners(scan, code, rests.names)
+            alone = self._alone(text, starts, ends, strays)
+            strays = [row for row in strays if row not in alone]
+            if added.size or alone:
+                records = self._with(records, added, of, starts, ends)
+                records = self._with(records, np.array(sorted(alone), dtype=np.int64), None, starts, ends)
+                continued = np.isin(records.row, added)
+                rests = split(data, records, self._layout.pads)
+                code = rests.code[rests.index]
+                code[continued] = rests.number("(continued)")
         if records.graph.any():
             code[records.graph] = rests.number("funcgraph")
         if self._options.only:
@@ -185,26 +190,39 @@ class Builder:
         return tables
 
     @staticmethod
-    def _owners(scan: Scan, code: Array, names: list[str]) -> tuple[Array, Array, list[int]] | None:
+    def _owners(scan: Scan, code: Array, names: list[str]) -> tuple[Array, Array, list[int]]:
         """Stray lines that directly follow a marker, the marker's index, and the other stray lines."""
         marker = [number for number, name in enumerate(names) if name in MARKERS]
-        if not marker:
-            return None
         unknown = np.array(scan.unknown, dtype=np.int64)
         owner = np.searchsorted(scan.records.row, unknown) - 1
         belongs = (owner >= 0) & np.isin(code[np.maximum(owner, 0)], marker)
-        return (unknown[belongs], owner[belongs], unknown[~belongs].tolist()) if belongs.any() else None
+        return unknown[belongs], owner[belongs], unknown[~belongs].tolist()
 
     @staticmethod
-    def _continued(records: Records, rows: Array, owner: Array, starts: Array, ends: Array) -> tuple[Records, Array]:
-        """The records with lines `rows` among them, which inherit their owners' columns; and which those are."""
+    def _alone(text: bytearray, starts: Array, ends: Array, strays: list[int]) -> set[int]:
+        """Stray lines that are an event without any context (`nocontext-info` was on for a while)."""
+        found = set()
+        for row in strays:
+            match = BARE.fullmatch(text, int(starts[row]), int(ends[row]))
+            if match is not None and is_known(match["name"], match["payload"]):
+                found.add(row)
+        return found
+
+    @staticmethod
+    def _with(records: Records, rows: Array, owner: Array | None, starts: Array, ends: Array) -> Records:
+        """The records with lines `rows` among them: with their owners' columns, or (None) with none at all."""
+        if not rows.size:
+            return records
         merged = np.argsort(np.concatenate((records.row, rows)), kind="stable")
+        own = {"row": rows, "rest": starts[rows], "end": ends[rows]}
+        if owner is None:
+            own |= {name: np.zeros(rows.size, dtype=np.int64) for name in ("stamp", "stamped", "graph")}
         fields = {}
         for name in Records.__slots__:
             values = getattr(records, name)
-            own = {"row": rows, "rest": starts[rows], "end": ends[rows]}
-            fields[name] = np.concatenate((values, own.get(name, values[owner])))[merged]
-        return Records(**fields), merged >= records.row.size
+            more = own.get(name, np.full(rows.size, -1) if owner is None else values[owner])
+            fields[name] = np.concatenate((values, more.astype(values.dtype)))[merged]
+        return Records(**fields)
 
     def _common(
         self, scan: Scan, records: Records, sources: dict[int, bytes], numbers: Array, order: Array
@@ -231,6 +249,7 @@ class Builder:
         names = [escape(raw.lstrip(b" ")) for raw in scan.comms]
         comms = {name: i for i, name in enumerate(dict.fromkeys(names))}
         slot = np.array([*(comms[name] for name in names), 0], dtype=np.int32)
+        comm = records.comm[order]
         decoded = [decode_flags(raw.decode("latin-1")) for raw in scan.words]
         known = np.array([*(pair is not None for pair in decoded), False])
         flags = np.array([*((pair or (0, 0))[0] for pair in decoded), 0], dtype=np.uint8)
@@ -254,7 +273,7 @@ class Builder:
             constant(SMALL, self._options.source, rows),
             plain(pa.uint64(), numbers[order].astype(np.uint64)),
             plain(pa.int32(), pid.astype(np.int32), pid >= 0),
-            dictionary(COMM, slot[records.comm[order]], list(comms) or [""]),
+            dictionary(COMM, slot[comm], list(comms) or [""], comm >= 0),
             plain(pa.uint8(), flags[word], valid),
             plain(pa.uint8(), preempt[word], valid),
             plain(pa.int32(), tgid.astype(np.int32), tgid >= 0),

@@ -28,8 +28,11 @@ LAYOUTS = {4: "irxp", 5: "irxpm", 6: "irlxp-", 7: "irlxp-m", 8: "irlxp-m-"}
 def decode_flags(word: str) -> tuple[int, int] | None:
     """(common_flags, common_preempt_count) of a flag word; None when it is not one.
 
-    A depth shown as `f` means 15 or more.
+    A depth shown as `f` means 15 or more. `#FLAGS:DEPTH` holds the two numbers (decimal, hexadecimal).
     """
+    if word.startswith("#"):  # the option `verbose`: both numbers as they are, the depth cut to its byte
+        number, _, count = word[1:].partition(":")
+        return int(number) & 0xFF, int(count, 16) & 0xFF
     layout = LAYOUTS.get(len(word))
     if layout is None:
         return None

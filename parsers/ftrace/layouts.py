@@ -11,7 +11,10 @@ import pyarrow as pa
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.swar import Text
 
-__all__ = ["FEWEST_LINES", "LAYOUTS", "MOST_TEMPLATES", "Fast", "Layout", "Lines", "detect", "fixed_columns", "named"]
+__all__ = [
+    "BARE", "FEWEST_LINES", "LAYOUTS", "MOST_TEMPLATES", "PLAIN", "Fast", "Layout", "Lines", "detect", "fixed_columns",
+    "named", "stamp_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,20 @@ class Layout:
 
 FLAG = rb"[dDbX.][NnpBbLl.][^\s:]{2,6}"
 WORD = re.compile(FLAG)
+VERBOSE = (
+    rb"(?P<comm>.{16}) +(?P<pid>\d{1,10}) +(?P<cpu>\d{1,5}) (?P<vflags>\d{1,3}) (?P<vpreempt>[0-9a-f]{8}) "
+    rb"[0-9a-f]{8,16} \[(?P<xts>[0-9a-f]{8,16})\] "
+)
+#: What `raw` and `hex` print of an event: its type's number for most, two or three words for the rest.
+RAW = rb"type: \d+|# [0-9a-f]+ .*|[A-Za-z_]\w*: .*|[0-9a-f]{2,16}(?: [0-9a-f]{2,16}){1,3} *"
+#: Layouts that are too plain to be told from one line.
+PLAIN = frozenset({"raw", "hex", "bare"})
+#: A line without any context (`nocontext-info`): an event, a function, the head of a stack trace.
+BARE = re.compile(
+    rb"(?P<name>[A-Za-z_][\w.-]{0,127})(?:\+0x[0-9a-f]+/0x[0-9a-f]+)?: (?P<payload>.*)|\S{1,200} <-\S{1,200}|"
+    rb" ?<(?:user )?stack trace ?>",
+    re.S,
+)
 #: Tried in this order; all of them read at most the first bytes of a line.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -69,6 +86,22 @@ LAYOUTS: tuple[Layout, ...] = (
         rounds=True,
         pads=True,
     ),
+    # with the option `verbose`: flags in decimal, depth, sequence, and the time in hexadecimal (us, or ticks)
+    Layout("verbose", re.compile(VERBOSE + rb"-?\d+\.\d+ms \(\+-?\d+\.\d+ms\): (?P<rest>.*)", re.S), micros=True),
+    Layout("verbose-ticks", re.compile(VERBOSE + rb"-?\d+ \(\+-?\d+\): (?P<rest>.*)", re.S)),
+    # with the options `raw` and `hex`: no task name
+    Layout(
+        "raw",
+        re.compile(rb"(?P<comm>)(?P<pid>\d{1,10}) (?P<cpu>\d{1,5}) (?P<ts>\d{4,20}) (?P<rest>" + RAW + rb")", re.S),
+    ),
+    Layout(
+        "hex",
+        re.compile(
+            rb"(?P<comm>)(?P<xpid>[0-9a-f]{8}) (?P<xcpu>[0-9a-f]{8}) (?P<xts>[0-9a-f]{4,16}) "
+            rb"(?P<rest>(?:" + RAW + rb")?)",
+            re.S,
+        ),
+    ),
     Layout(
         "perf",
         re.compile(
@@ -79,6 +112,12 @@ LAYOUTS: tuple[Layout, ...] = (
         pads=True,
     ),
 )
+
+
+def stamp_of(match: re.Match[bytes]) -> bytes:
+    """The stamp of a line in decimal digits, maybe with a dot."""
+    groups = match.groupdict()
+    return b"%d" % int(groups["xts"], 16) if groups.get("xts") else groups["ts"]
 
 
 def detect(line: bytes, layouts: tuple[Layout, ...] = LAYOUTS) -> tuple[Layout, re.Match[bytes]] | None:

@@ -20,6 +20,8 @@ from parsers.ftrace.swar import Text
 __all__ = ["Rests", "split"]
 
 NAME = re.compile(rb"([A-Za-z_][\w.-]*)(?:\+0x[0-9a-f]+/0x[0-9a-f]+)?(?: <[0-9a-f]+>)?")
+#: What the options `raw` and `hex` leave of an event: the number of its type.
+RAW = re.compile(rb"type: (\d{1,5})")
 LONGEST_NAME = 128
 #: Spare bytes before and after, for reading 8 at once.
 SPARE = 16
@@ -106,11 +108,16 @@ def _names(data: Array, raw: bytes, begin: Array, end: Array, pads: bool) -> tup
         if not more.any():
             break
         start += more
-    odd = (code < 0) | np.isin(code, [number.get(n, -9) for n in ("kernel_stack", "user_stack")])
+    odd = (code < 0) | np.isin(code, [number.get(n, -9) for n in ("kernel_stack", "user_stack", "type")])
     for index in np.flatnonzero(odd).tolist():
         line = raw[int(begin[index]) : min(int(end[index]), int(begin[index]) + 400)]
+        kind = RAW.fullmatch(line)
+        if kind is None and code[index] == number.get("type"):
+            continue  # an event of that name
         start[index] = begin[index]
-        if b"<stack trace" in line:
+        if kind is not None:
+            code[index] = code_of(f"event_{kind[1].decode()}")
+        elif b"<stack trace" in line:
             code[index] = code_of("kernel_stack")
         elif b"<user stack trace" in line:
             code[index] = code_of("user_stack")

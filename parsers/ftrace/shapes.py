@@ -19,7 +19,7 @@ import pyarrow as pa
 from parsers.ftrace.columns import FTRACE_COMMON, column_name
 from parsers.tables import Column, Table
 
-__all__ = ["Part", "Shape", "declared", "event_table", "numeric_type", "raw_shape"]
+__all__ = ["Part", "Shape", "declared", "event_table", "is_known", "numeric_type", "raw_shape"]
 
 How = Literal["number", "hex", "string", "symbol", "words", "bitmask"]
 POINTER = r" *(?:0x)?([0-9a-f]+|\(null\)|\(____ptrval____\))"
@@ -206,6 +206,17 @@ def declared() -> dict[str, Declared]:
     return events
 
 
+def is_known(name: bytes | None, payload: bytes | None) -> bool:
+    """Whether the payload is printed as the event `name` prints it (or as a probe of any name does)."""
+    if name is None or payload is None:
+        return False
+    text = payload[:4096].decode("latin-1")
+    known = declared().get(bytes(name).decode("latin-1"))
+    if known is not None:
+        return known.name not in MARKERS and any(re.search(shape.pattern, text) for shape in known.shapes)
+    return re.match(r"\([\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+(?: <- [\w.]+)?\)(?: \w+=|\s*$)", text) is not None
+
+
 def event_table(name: str, doc: str, types: dict[str, pa.DataType]) -> Table:
     """Record table with ftrace's common columns and then `types`, renamed where a common column has the name."""
     columns: list[Column] = list(FTRACE_COMMON)
@@ -227,5 +238,6 @@ def raw_shape(payload: str, types: dict[str, pa.DataType]) -> Shape | None:
         how: How = "string" if kind == pa.string() else "symbol"
         parts.append(Part(key, how))
     literals = (f"{keys[0]}=".encode(), *(f" {key}=".encode() for key in keys[1:]), b"")
-    pattern = " ".join(f"{key}=(.*?)" for key in keys)
+    # the option `fields` prints numbers twice: 0x7 (7)
+    pattern = " ".join(f"{key}=(.*?)" + ("" if types[key] == pa.string() else r"(?: \(-?\d+\))?") for key in keys)
     return Shape(rf"^(?:\[FAILED TO PARSE\] )?{pattern} *$", tuple(parts), literals)

@@ -14,8 +14,9 @@ import pyarrow as pa
 from parsers.ftrace.arrays import Array
 from parsers.ftrace.batch import Scan, classify
 from parsers.ftrace.build import MARKERS, Builder
-from parsers.ftrace.layouts import LAYOUTS, Fast, Layout, detect, named
+from parsers.ftrace.layouts import BARE, LAYOUTS, PLAIN, Fast, Layout, detect, named, stamp_of
 from parsers.ftrace.notes import NOTES, note
+from parsers.ftrace.shapes import is_known
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Table
 
@@ -28,6 +29,8 @@ LONGEST = 1 << 20
 SPARE = 128
 #: Records that the lines after them belong to, or whose line does not print a name: `only` needs all lines for them.
 NEED_CONTEXT = frozenset({"kernel_stack", "user_stack", "function", "funcgraph", "(no name)", "(continued)", *MARKERS})
+#: Nothing but names and payloads: no line has a time.
+BARE_LAYOUT = Layout("bare", BARE)
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 
@@ -38,6 +41,7 @@ def _head_lines(head: bytes) -> list[bytes]:
 def first_layout(head: bytes) -> tuple[Layout, re.Match[bytes]] | None:
     """The layout of the first lines that look like events."""
     lines = _head_lines(head)
+    plain: list[tuple[Layout, re.Match[bytes]]] = []
     report = any(re.match(rb"(\w+: +)?cpus=\d+$", line) for line in lines[:4])
     order = LAYOUTS if not report else (BY_NAME["report"], BY_NAME["latency-report"], *LAYOUTS)
     for line in lines:
@@ -47,12 +51,27 @@ def first_layout(head: bytes) -> tuple[Layout, re.Match[bytes]] | None:
         if found is None:
             continue
         layout, match = found
+        if layout.name in PLAIN:
+            plain.append(found)
+            continue
         if layout.name == "kernel" and not match["flags"] and re.match(rb"[\w.]+:  +\S", match["rest"]):
             # only trace-cmd pads the event's name
             padded = detect(line[:400], (BY_NAME["report"],))
             return padded or found
         return found
-    return None
+    return plain[0] if lines and (len(plain) > 2 or lines[0].startswith(b"# tracer:")) and plain else None
+
+
+def is_bare(head: bytes) -> bool:
+    """Whether the lines are names and payloads only (`nocontext-info`): all of them, some of events that are known."""
+    lines = [line for line in _head_lines(head) if line and line[:1] != b"#"]
+    lines = lines[:-1] if len(lines) > 1 and not head.endswith(b"\n") else lines
+    matches = [BARE.fullmatch(line) for line in lines if not line.startswith((b" =>", b"=> "))]
+    known = sum(m is not None and is_known(m["name"], m["payload"]) for m in matches)
+    after = 0  # lines of a marker's own text
+    for line, match in zip(lines, matches, strict=False):
+        after += match is None and not line.startswith((b" =>", b"=> "))
+    return bool(matches) and known >= (1 if head.startswith(b"# tracer:") else 3) and 4 * after <= len(matches)
 
 
 class FtraceTextReader:
@@ -64,7 +83,7 @@ class FtraceTextReader:
 
     format: ClassVar[str] = "ftrace"
     note_codes: ClassVar[tuple[NoteCode, ...]] = NOTES
-    accepts: ClassVar[tuple[str, ...]] = ("kernel", "latency")
+    accepts: ClassVar[tuple[str, ...]] = ("kernel", "latency", "verbose", "verbose-ticks", "raw", "hex")
     leaves_out: ClassVar[bool] = True
 
     def __init__(self, stream: BinaryIO, options: ReadOptions) -> None:
@@ -75,15 +94,17 @@ class FtraceTextReader:
         head = stream.read(64 << 10)
         stream.seek(0)
         found = first_layout(head)
-        if found is None and not self._is_graph(head):
+        bare = found is None and is_bare(head)
+        if found is None and not bare and not self._is_graph(head):
             raise RecordingError("no line in the first 64 KiB is laid out like ftrace text")
-        self._layout = found[0] if found else BY_NAME["kernel"]
+        self._layout = found[0] if found else BARE_LAYOUT if bare else BY_NAME["kernel"]
         rest = tuple(layout for layout in LAYOUTS if layout is not self._layout)
         self._layouts = (self._layout, *rest) if self._layout.name != "perf" else (self._layout,)
+        self._layouts = () if bare else self._layouts
         fast = Fast.learn(*found) if found else None
         self._templates = [fast] if fast is not None else []
         self._stamps = found is not None
-        stamp = found[1]["ts"] if found else b"0"
+        stamp = stamp_of(found[1]) if found else b"0"
         self._shown_first = int(stamp.replace(b".", b""))
         self._dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
         self._gaps: list[Gap] = []
@@ -109,7 +130,7 @@ class FtraceTextReader:
             return False
         found = first_layout(head)
         if found is None:
-            return "kernel" in cls.accepts and cls._is_graph(head)
+            return "kernel" in cls.accepts and (cls._is_graph(head) or is_bare(head))
         return found[0].name in cls.accepts
 
     def chunks(self) -> Iterator[Chunk]:
@@ -123,7 +144,8 @@ class FtraceTextReader:
         layout, hz = self._layout, self._options.cpu_hz
         origin = f"{layout.name} text"
         if layout.micros:
-            return ClockModel("us", 1e6, first, "ns", "latency format: microseconds since the start of the buffer")
+            since = "since the start of the buffer" if layout.name == "latency" else "of the trace clock"
+            return ClockModel("us", 1e6, first, "ns", f"{layout.name} format: microseconds {since}")
         if self._dot:
             doc = "stamps are rounded" if layout.rounds and self._dot == 6 else "stamps are cut off"
             return ClockModel("us" if self._dot == 6 else "ns", 10.0**self._dot, first, "ns", origin, doc=doc)

@@ -91,25 +91,83 @@ def test_event_glued_to_a_marker() -> None:
     assert tables["softirq_exit"].num_rows == 1
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        b"              sh   123 1 2 00010001 00000007 [000001f4] 12.345ms (+0.010ms): softirq_entry: vec=7\n",
-        b"123 1 1234567 softirq_entry: 63\n",
-        b"7b000000 01000000 1234 \n",
-        b"softirq_entry: vec=7 [action=SCHED]\n",
-    ],
-    ids=["verbose", "raw", "hex", "nocontext-info"],
-)
-def test_lines_of_other_trace_options_are_accounted(odd: bytes) -> None:
-    """Layouts that carry too little are not guessed at: each line is a damaged stretch with a note, none vanishes."""
-    data = line(b"sh", b"softirq_raise: vec=7 [action=SCHED]") + 3 * odd
-    reader, chunks, _ = read_text(data)
-    gaps = [gap for chunk in chunks for gap in chunk.gaps]
-    assert sum(gap.length for gap in gaps) == len(3 * odd) == reader.accounting.skipped
-    assert any(note.code == "ftrace-line" and note.count == 3 for chunk in chunks for note in chunk.notes)
-    with pytest.raises(RecordingError):
-        read_text(3 * odd)
+VERBOSE = b"%16b %7d %3d %d %08x %08x [%08x] 12.345ms (+0.010ms): %b\n"
+SOFTIRQ = b"softirq_entry: vec=7 [action=SCHED]"
+#: Layouts of the trace options, as kernel/trace/trace_output.c prints them: the line, (pid, cpu, tsc, flags, preempt,
+#: comm) that it shows, and where the record must be.
+PLAIN_LAYOUTS = {
+    "verbose": (VERBOSE % (b"sh", 123, 1, 17, 2, 7, 500, SOFTIRQ), (123, 1, 500, 17, 2, "sh"), "softirq_entry"),
+    "verbose, ticks": (
+        b"              sh     123   1 17 00000002 00000007 [00000000000001f4] 500 (+3): " + SOFTIRQ + b"\n",
+        (123, 1, 500, 17, 2, "sh"),
+        "softirq_entry",
+    ),
+    "raw": (b"123 1 1234567 type: 63\n", (123, 1, 1234567, None, None, None), "event_63"),
+    "raw, named": (b"123 1 1234567 softirq_entry: 63\n", (123, 1, 1234567, None, None, None), "softirq_entry"),
+    "raw, function": (
+        b"123 1 1234567 ffffffff810223d0 ffffffff81661470\n", (123, 1, 1234567, None, None, None), "(no name)",
+    ),
+    "hex": (b"0000007b 00000001 000000000012d687 type: 63\n", (123, 1, 1234567, None, None, None), "event_63"),
+    "hex, odd": (b"7b000000 01000000 1234 \n", (0x7B000000, None, 0x1234, None, None, None), "(no name)"),
+    "nocontext-info": (SOFTIRQ + b"\n", (None,) * 6, "softirq_entry"),
+    "nocontext-info, probe": (b"mine: (do_it+0x0/0x30) a=0x10\n", (None,) * 6, "mine"),
+    "fields": (
+        line(b"sh", b"softirq_entry: vec=0x7 (7)", pid=123),
+        (123, 1, 13391118, 0x09, 1, "sh"),
+        "softirq_entry",
+    ),
+}  # fmt: skip
+COLUMNS = ("pid", "cpu", "tsc", "flags", "preempt", "comm")
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "among others"])
+@pytest.mark.parametrize("layout", PLAIN_LAYOUTS)
+def test_layouts_of_trace_options_are_kept(layout: str, alone: bool) -> None:
+    """Each line of a plainer layout is a record with what it shows, null for the rest; none is skipped."""
+    odd, shown, event = PLAIN_LAYOUTS[layout]
+    data = 3 * odd
+    if alone:
+        data = b"# tracer: nop\n#\n" + data
+    else:
+        data = line(b"sh", b"softirq_raise: vec=7 [action=SCHED]", stamp=b"0.000400") + data
+    reader, chunks, tables = read_text(data, only=frozenset())
+    assert not [gap for chunk in chunks for gap in chunk.gaps] and reader.accounting.skipped == 0
+    assert reader.counts.pop("softirq_raise", 1) == 1 and reader.counts == {event: 3}
+    table = tables[event] if event in tables else tables["ftrace_text"]
+    for name, value in zip(COLUMNS, shown, strict=True):
+        assert table[name].to_pylist() == [value] * 3, name
+    assert (table["t_ns"].null_count == 3) == (shown[2] is None)
+    assert table["offset"].to_pylist() == ([3, 4, 5] if alone else [2, 3, 4])
+    if event == "softirq_entry" and "vec" in table.column_names:
+        assert table["vec"].to_pylist() == [7] * 3
+    elif "payload" in table.column_names:
+        assert set(table["event"].to_pylist()) == {event}
+        assert table["payload"].to_pylist()[0] in odd.decode()
+
+
+def test_plain_words_are_no_recording() -> None:
+    """Without a header, lines that could be anything are not taken for the plainer layouts."""
+    for text in (b"note: buy milk\n" * 50, b"12 3 4567 apples: 8\n" * 2, b"Error: no such file\nsh: 1: not found\n"):
+        with pytest.raises(RecordingError):
+            read_text(text)
+
+
+def test_marker_text_is_no_event_without_context() -> None:
+    """A line that looks like an event without context belongs to the marker before it."""
+    data = line(b"sh", b"tracing_mark_write: first") + SOFTIRQ + b"\n" + line(b"sh", b"cpu_idle: state=1 cpu_id=1")
+    reader, _, tables = read_text(data)
+    assert reader.counts == {"tracing_mark_write": 1, "(continued)": 1, "cpu_idle": 1}
+    assert tables["ftrace_text"]["payload"].to_pylist() == [SOFTIRQ.decode()]
+
+
+def test_graph_without_cpu() -> None:
+    """function_graph with funcgraph-cpu off."""
+    data = b"# tracer: function_graph\n#\n#     DURATION                  FUNCTION CALLS\n"
+    data += b"               |  do_one() {\n   0.752 us    |    do_two();\n + 11.003 us   |  }\n"
+    reader, _, tables = read_text(data)
+    assert reader.counts == {"funcgraph": 3} and reader.accounting.skipped == 0
+    assert tables["funcgraph"]["duration_ns"].to_pylist() == [None, 752, 11003]
+    assert tables["funcgraph"]["cpu"].null_count == 3
 
 
 def test_report_with_instances() -> None:
