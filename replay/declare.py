@@ -101,6 +101,7 @@ class System:
     outcomes: tuple[str, ...] = ()
     effect: Callable[[Mapping[str, int]], int] | None = None
     effect_words: Callable[[int], str] = str
+    effect_object: Callable[[int], int] = int  # which object it is about, wherever it is served
     #: Parameters that change a stimulus: they hold in what-if runs, never in the run that is calibrated.
     changes: tuple[str, ...] = ()
 

@@ -43,6 +43,7 @@ def part(
     reach_ns: int,
     lost: Sequence[tuple[int, int]] = (),
     inferred: bool = False,
+    subject: Callable[[int], int] = int,
 ) -> list[Finding]:
     """Findings for outcomes that only one side has, by time.
 
@@ -50,7 +51,7 @@ def part(
     the columns that `effect` reads). `words` names a `what`. `reach_ns`: how late an effect can come, so that one
     predicted closer to `end_ns` may be missing. `lost` are (t0, t1) of lost records. `inferred`: the stimuli were only
     concluded from other records, so that one of them may be wrong: information only, unless the object is silent for
-    SILENCE_NS from then on.
+    SILENCE_NS from then on. `subject` is the object of a `what`, wherever it is served.
     """
     predicted: dict[int, list[int]] = {}
     for t, what in effects:
@@ -62,6 +63,9 @@ def part(
         seen.setdefault(effect(row), []).append((row["t_ns"], row["t_err_ns"], row["seq"]))
     blind = [(t0, t1 + max(LOST_REACH_NS, reach_ns)) for t0, t1 in lost]
     findings: list[Finding] = []
+    latest: dict[int, _Seen] = {}  # last recorded outcome of each object
+    for what, rows in seen.items():
+        latest[subject(what)] = max(latest.get(subject(what), rows[-1]), rows[-1])
     for what in sorted(predicted.keys() | seen.keys()):
         times, rows = sorted(predicted.get(what, ())), seen.get(what, [])
         for t, row_ in _unmatched(times, rows, match_ns):
@@ -69,14 +73,16 @@ def part(
                 continue
             if row_ is None:
                 if t <= end_ns - reach_ns:
-                    findings.append(_missing(t, words(what), rows))
+                    last = latest.get(subject(what))
+                    dead = (last is None or last[0] < t) and t < end_ns - SILENCE_NS
+                    findings.append(_missing(t, words(what), rows, last, dead=dead))
+                    if inferred and not dead:
+                        # A stimulus that is a little off moves an outcome; it does not end an object's life.
+                        findings[-1].severity = "info"
             elif row_ is not rows[0] or any(p < t for p in times):
                 findings.append(_extra(row_, words(what), times))
-    if inferred:
-        for finding in findings:
-            # A stimulus that is a little off moves an outcome; it does not end an object's life.
-            ends = finding.code is MODEL_MISSING and finding.seq == NONE and finding.t < end_ns - SILENCE_NS
-            finding.severity = finding.severity if ends else "info"
+                if inferred:
+                    findings[-1].severity = "info"
     findings.sort(key=lambda f: (f.t, f.code.name))
     return findings[:LIMIT]
 
@@ -104,15 +110,22 @@ def _unmatched(times: list[int], rows: list[_Seen], match_ns: int) -> Iterator[t
                 j += 1
 
 
-def _missing(t: int, text: str, rows: list[_Seen]) -> Finding:
+def _missing(t: int, text: str, rows: list[_Seen], last: _Seen | None, *, dead: bool) -> Finding:
     later = next((r for r in rows if r[0] > t), None)
-    after = "never after it" if later is None else f"the next one is {later[0] - t} ns later"
-    story: tuple[Evidence, ...] = (Evidence(t, None, f"predicted: {text}"),)
+    shown = later
     if later is not None:
-        story = (*story, Evidence(later[0], later[2], f"recorded: {text}"))
+        after = f"the next one is {later[0] - t} ns later"
+    else:
+        after = "nothing of it to the end of the recording" if dead else "never there again"
+        shown = last
+    story = [Evidence(t, None, f"predicted: {text}")]
+    if shown is not None:
+        label = f"recorded: {text}" if shown is later else "recorded: the last one of this object"
+        story.append(Evidence(shown[0], shown[2], label))
+        story.sort(key=lambda step: step.t)
     return Finding(
         MODEL_MISSING, MODEL_MISSING.severity, t, expected=text, observed=f"not recorded; {after}", conf=50,
-        seq=later[2] if later is not None else NONE, evidence=story,
+        seq=shown[2] if shown is not None else NONE, evidence=tuple(story),
     )  # fmt: skip
 
 

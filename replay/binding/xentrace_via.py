@@ -58,6 +58,8 @@ def survey(records: Records, context: Context, usable: bool) -> Survey:
     }
     if _VMENTRY in records.tables():
         result.observed["via.vmentry"] = Observation(100, _VMENTRY)
+    why = "every Xen since hvm_maybe_deassert_evtchn_irq (10e3974b14, 2008)"
+    result.facts["callback_recorded"] = {"policy": "applied", "why": why}
     for guest in context.options.get("guests", ()):
         _ask_guest(result, guest)
         if result.guest is not None:

@@ -14,6 +14,7 @@ from replay.systems.event_channel.calibration import (
     OUTCOMES,
     STIMULI,
     effect,
+    effect_object,
     effect_words,
     measure,
 )
@@ -57,4 +58,5 @@ SYSTEM = System(
     outcomes=OUTCOMES,
     effect=effect,
     effect_words=effect_words,
+    effect_object=effect_object,
 )

@@ -17,7 +17,7 @@ from replay.declare import Config
 from replay.events import NONE
 from replay.hardware.evtchn_two_level import SNAP_MASK
 
-__all__ = ["CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "effect", "effect_words", "measure"]
+__all__ = ["CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "effect", "effect_object", "effect_words", "measure"]
 
 DRIVES: Final = ("evtchn.send",)
 OUTCOMES: Final = ("evtchn.handled",)
@@ -45,6 +45,11 @@ def effect_words(what: int) -> str:
     dom = what >> 48
     guest = f" of dom {dom}" if dom >= 0 else ""
     return f"port {what & 0xFFFFFFFF} handled on vcpu {what >> 32 & 0xFFFF}{guest}"
+
+
+def effect_object(what: int) -> int:
+    """The port of its domain."""
+    return what >> 48 << 32 | what & 0xFFFFFFFF
 
 
 def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:

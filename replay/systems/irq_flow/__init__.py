@@ -7,7 +7,7 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
-from replay.systems.irq_flow.calibration import DRIVES, OUTCOMES, effect, effect_words, measure
+from replay.systems.irq_flow.calibration import DRIVES, OUTCOMES, effect, effect_object, effect_words, measure
 from replay.systems.irq_flow.codes import CODES, PARAMETERS
 from replay.systems.irq_flow.machine import IrqFlowMachine
 from replay.systems.irq_flow.policies import POLICIES
@@ -36,4 +36,5 @@ SYSTEM = System(
     outcomes=OUTCOMES,
     effect=effect,
     effect_words=effect_words,
+    effect_object=effect_object,
 )

@@ -18,8 +18,8 @@ from replay.events import NIL
 from replay.hardware.irq_desc import PER_CPU
 
 __all__ = [
-    "CONSUME", "DRIVES", "DURATION", "LATEEOI", "OUTCOMES", "SPURIOUS", "WORKED", "effect", "effect_words",
-    "measure",
+    "CONSUME", "DRIVES", "DURATION", "LATEEOI", "OUTCOMES", "SPURIOUS", "WORKED", "effect", "effect_object",
+    "effect_words", "measure",
 ]
 
 #: Columns of a body (ns): the handler's run; from its begin to the last look, from its end to the late EOI (NIL: not
@@ -44,6 +44,11 @@ def effect(event: Mapping[str, int]) -> int:
 def effect_words(what: int) -> str:
     """The effect for people."""
     return f"handler of irq {what & 0xFFFFFFFF} begins on cpu {what >> 32}"
+
+
+def effect_object(what: int) -> int:
+    """The irq."""
+    return what & 0xFFFFFFFF
 
 
 def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:

@@ -8,7 +8,7 @@ from replay.declare import Config, System
 from replay.events import KINDS
 from replay.machine import Machine
 from replay.sink import Sink
-from replay.systems.vgic.calibration import CALIBRATE, DRIVES, OUTCOMES, effect, effect_words, measure
+from replay.systems.vgic.calibration import CALIBRATE, DRIVES, OUTCOMES, effect, effect_object, effect_words, measure
 from replay.systems.vgic.codes import CODES, PARAMETERS
 from replay.systems.vgic.machine import VgicMachine
 from replay.systems.vgic.policies import Maintenance, Merged, Merged2017, Naive, PatchV8
@@ -42,4 +42,5 @@ SYSTEM = System(
     outcomes=OUTCOMES,
     effect=effect,
     effect_words=effect_words,
+    effect_object=effect_object,
 )

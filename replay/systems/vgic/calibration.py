@@ -15,7 +15,7 @@ import polars as pl
 from replay.bodies import Bodies, Lags, Measured, Read, median
 from replay.declare import Config
 
-__all__ = ["ACK", "CALIBRATE", "DRIVES", "EOI", "OUTCOMES", "effect", "effect_words", "measure"]
+__all__ = ["ACK", "CALIBRATE", "DRIVES", "EOI", "OUTCOMES", "effect", "effect_object", "effect_words", "measure"]
 
 #: Columns of a body (ns): from the arrival (from the load, if another vcpu's core took the interrupt) to IAR, from IAR
 #: to EOIR.
@@ -38,6 +38,11 @@ def effect_words(what: int) -> str:
     return f"interrupt {what & 0xFFFF} acknowledged on vcpu {what >> 16}"
 
 
+def effect_object(what: int) -> int:
+    """The interrupt."""
+    return what & 0xFFFF
+
+
 def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     """Lags of arrivals, bodies of interrupts, and the vcpu that each goes to at first."""
     result = Measured()
@@ -46,6 +51,7 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     events = read(_KINDS)
     edges = _of(events, "vgic.phys_irq").drop_nulls("obj").select("seq", "obj", "t_ns")
     physical = _of(events, "gic.ack").filter((pl.col("flags") & VIRTUAL) == 0)
+    result.aids = bool(physical.height)  # then an edge that no core took has no lag
     if physical.height:
         chain = _next(edges, "seq", physical, "taken")
     else:
@@ -100,4 +106,5 @@ def _arrivals(result: Measured, chain: pl.DataFrame) -> None:
     """When each edge was taken by a core."""
     result.lags = Lags(chain.select("seq", due="taken"))
     if chain.height:
-        result.reach_ns = int((chain["taken"] - chain["t_ns"]).max() or 0)  # type: ignore[arg-type]
+        done = pl.coalesce("acked", "taken") - pl.col("t_ns")
+        result.reach_ns = int(chain.select(done.max()).item() or 0)

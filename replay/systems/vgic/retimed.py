@@ -50,6 +50,12 @@ class RetimedVgic(VgicMachine):
     def phys_irq(self, q: Irq) -> None:
         """An edge is pending in the distributor until a core takes it; another one meanwhile coalesces."""
         due = self.measured.lags.of(self.seq) if self.measured is not None and self.measured.lags is not None else NIL
+        if due == NIL and self.measured is not None and self.measured.aids:
+            # No core took it: it coalesced with one that was taken, or was pending to the end.
+            self.emit(PHYS_IRQ, NONE, NONE, q.obj)
+            self.monitor.edges += 1
+            self.monitor.coalesced += q.id in self.pending or q.p_active == 1
+            return
         if q.p_active or due <= self.now:
             self.cause[q.id], before = self.seq, self.cause.get(q.id, NONE)
             if q.p_active:
