@@ -102,6 +102,7 @@ class System:
     effect: Callable[[Mapping[str, int]], int] | None = None
     effect_words: Callable[[int], str] = str
     effect_object: Callable[[int], int] = int  # which object it is about, wherever it is served
+    effect_fields: Callable[[int], Mapping[str, int]] = lambda what: {}  # cpu, dom, vcpu, obj of a finding about it
     #: Parameters that change a stimulus: they hold in what-if runs, never in the run that is calibrated.
     changes: tuple[str, ...] = ()
 

@@ -44,6 +44,7 @@ def part(
     lost: Sequence[tuple[int, int]] = (),
     inferred: bool = False,
     subject: Callable[[int], int] = int,
+    fields: Callable[[int], Mapping[str, int]] | None = None,
 ) -> list[Finding]:
     """Findings for outcomes that only one side has, by time.
 
@@ -51,7 +52,8 @@ def part(
     the columns that `effect` reads). `words` names a `what`. `reach_ns`: how late an effect can come, so that one
     predicted closer to `end_ns` may be missing. `lost` are (t0, t1) of lost records. `inferred`: the stimuli were only
     concluded from other records, so that one of them may be wrong: information only, unless the object is silent for
-    SILENCE_NS from then on. `subject` is the object of a `what`, wherever it is served.
+    SILENCE_NS from then on. `subject` is the object of a `what`, wherever it is served;
+    `fields` are the finding's cpu, dom, vcpu and obj.
     """
     predicted: dict[int, list[int]] = {}
     for t, what in effects:
@@ -76,15 +78,23 @@ def part(
                     last = latest.get(subject(what))
                     dead = (last is None or last[0] < t) and t < end_ns - SILENCE_NS
                     findings.append(_missing(t, words(what), rows, last, dead=dead))
+                    _place(findings[-1], what, fields)
                     if inferred and not dead:
                         # A stimulus that is a little off moves an outcome; it does not end an object's life.
                         findings[-1].severity = "info"
             elif row_ is not rows[0] or any(p < t for p in times):
                 findings.append(_extra(row_, words(what), times))
+                _place(findings[-1], what, fields)
                 if inferred:
                     findings[-1].severity = "info"
     findings.sort(key=lambda f: (f.t, f.code.name))
     return findings[:LIMIT]
+
+
+def _place(finding: Finding, what: int, fields: Callable[[int], Mapping[str, int]] | None) -> None:
+    """Say where and about what it is."""
+    for name, value in (fields(what) if fields is not None else {}).items():
+        setattr(finding, name, value)
 
 
 def _unmatched(times: list[int], rows: list[_Seen], match_ns: int) -> Iterator[tuple[int, _Seen | None]]:

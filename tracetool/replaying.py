@@ -281,7 +281,7 @@ class _Session:
         return part(
             base.effects, recorded, system.effect, system.effect_words,
             match_ns=config.integer("match_ns"), end_ns=self.end_ns, reach_ns=self.measured().reach_ns, lost=lost,
-            subject=system.effect_object,
+            subject=system.effect_object, fields=system.effect_fields,
             inferred=self.measured().inferred or calibrate.inferred(system, self.observed),
         )  # fmt: skip
 

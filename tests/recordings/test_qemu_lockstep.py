@@ -262,6 +262,7 @@ def test_moves_of_the_whole_log_under_every_policy(tmp_path: Path) -> None:
     (lost,) = [f for f in recorded["findings"] if f["severity"] != "info"]
     assert (lost["code"], lost["severity"]) == ("model-missing-outcome", "warn")
     assert lost["expected"] == "interrupt 79 acknowledged on vcpu 1"
+    assert (lost["obj"], lost["vcpu"]) == (79, 1)
     last = max(i for i, line in enumerate(lines) if "cpu 0 acknowledged irq 79" in line)
     assert count(lines[last:], r"irq 79\b") == 1
     table = recorded["extra"]["vgic_moves"]

@@ -14,6 +14,7 @@ from replay.systems.event_channel.calibration import (
     OUTCOMES,
     STIMULI,
     effect,
+    effect_fields,
     effect_object,
     effect_words,
     measure,
@@ -59,4 +60,5 @@ SYSTEM = System(
     effect=effect,
     effect_words=effect_words,
     effect_object=effect_object,
+    effect_fields=effect_fields,
 )

@@ -17,7 +17,10 @@ from replay.declare import Config
 from replay.events import NONE
 from replay.hardware.evtchn_two_level import SNAP_MASK
 
-__all__ = ["CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "effect", "effect_object", "effect_words", "measure"]
+__all__ = [
+    "CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "effect", "effect_fields", "effect_object", "effect_words",
+    "measure",
+]  # fmt: skip
 
 DRIVES: Final = ("evtchn.send",)
 OUTCOMES: Final = ("evtchn.handled",)
@@ -45,6 +48,11 @@ def effect_words(what: int) -> str:
     dom = what >> 48
     guest = f" of dom {dom}" if dom >= 0 else ""
     return f"port {what & 0xFFFFFFFF} handled on vcpu {what >> 32 & 0xFFFF}{guest}"
+
+
+def effect_fields(what: int) -> Mapping[str, int]:
+    """The effect as fields of a finding."""
+    return {"dom": what >> 48, "vcpu": what >> 32 & 0xFFFF, "obj": what & 0xFFFFFFFF}
 
 
 def effect_object(what: int) -> int:

@@ -14,7 +14,15 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
-from replay.systems.hvm_callback.calibration import DRIVES, OUTCOMES, effect, effect_object, effect_words, measure
+from replay.systems.hvm_callback.calibration import (
+    DRIVES,
+    OUTCOMES,
+    effect,
+    effect_fields,
+    effect_object,
+    effect_words,
+    measure,
+)
 from replay.systems.hvm_callback.codes import CODES, PARAMETERS
 from replay.systems.hvm_callback.machine import CallbackMachine
 from replay.systems.hvm_callback.policies import AlwaysCheck, Applied, Current, Proposed
@@ -46,5 +54,6 @@ SYSTEM = System(
     effect=effect,
     effect_words=effect_words,
     effect_object=effect_object,
+    effect_fields=effect_fields,
     changes=("route_vcpu",),
 )

@@ -21,8 +21,8 @@ from replay.declare import Config
 from replay.events import NIL, NONE
 
 __all__ = [
-    "AFTER", "CLEAR", "DRIVES", "EOI", "FIRST", "OUTCOMES", "UNTIL", "Recorded", "effect", "effect_object",
-    "effect_words", "measure",
+    "AFTER", "CLEAR", "DRIVES", "EOI", "FIRST", "OUTCOMES", "UNTIL", "Recorded", "effect", "effect_fields",
+    "effect_object", "effect_words", "measure",
 ]  # fmt: skip
 
 #: Columns of a body: injection to the clear (NIL: not recorded) and to the EOI, EOI to the next VM entry (ns); where
@@ -57,6 +57,11 @@ def effect(event: Mapping[str, int]) -> int:
 def effect_words(what: int) -> str:
     """The effect for people."""
     return f"callback injected on vcpu {what & 0xFFFF} of dom {what >> 16}"
+
+
+def effect_fields(what: int) -> Mapping[str, int]:
+    """The effect as fields of a finding."""
+    return {"dom": what >> 16, "vcpu": what & 0xFFFF}
 
 
 def effect_object(what: int) -> int:

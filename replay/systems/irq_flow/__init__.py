@@ -7,7 +7,15 @@ from typing import Any
 from replay.declare import Config, System
 from replay.events import KINDS
 from replay.sink import Sink
-from replay.systems.irq_flow.calibration import DRIVES, OUTCOMES, effect, effect_object, effect_words, measure
+from replay.systems.irq_flow.calibration import (
+    DRIVES,
+    OUTCOMES,
+    effect,
+    effect_fields,
+    effect_object,
+    effect_words,
+    measure,
+)
 from replay.systems.irq_flow.codes import CODES, PARAMETERS
 from replay.systems.irq_flow.machine import IrqFlowMachine
 from replay.systems.irq_flow.policies import POLICIES
@@ -37,4 +45,5 @@ SYSTEM = System(
     effect=effect,
     effect_words=effect_words,
     effect_object=effect_object,
+    effect_fields=effect_fields,
 )

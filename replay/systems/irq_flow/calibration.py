@@ -18,9 +18,9 @@ from replay.events import NIL
 from replay.hardware.irq_desc import PER_CPU
 
 __all__ = [
-    "CONSUME", "DRIVES", "DURATION", "LATEEOI", "OUTCOMES", "SPURIOUS", "WORKED", "effect", "effect_object",
-    "effect_words", "measure",
-]
+    "CONSUME", "DRIVES", "DURATION", "LATEEOI", "OUTCOMES", "SPURIOUS", "WORKED", "effect", "effect_fields",
+    "effect_object", "effect_words", "measure",
+]  # fmt: skip
 
 #: Columns of a body (ns): the handler's run; from its begin to the last look, from its end to the late EOI (NIL: not
 #: recorded); whether that was flagged spurious; whether the handler found anything to do.
@@ -44,6 +44,11 @@ def effect(event: Mapping[str, int]) -> int:
 def effect_words(what: int) -> str:
     """The effect for people."""
     return f"handler of irq {what & 0xFFFFFFFF} begins on cpu {what >> 32}"
+
+
+def effect_fields(what: int) -> Mapping[str, int]:
+    """The effect as fields of a finding."""
+    return {"cpu": what >> 32, "obj": what & 0xFFFFFFFF}
 
 
 def effect_object(what: int) -> int:

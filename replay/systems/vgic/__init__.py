@@ -8,7 +8,16 @@ from replay.declare import Config, System
 from replay.events import KINDS
 from replay.machine import Machine
 from replay.sink import Sink
-from replay.systems.vgic.calibration import CALIBRATE, DRIVES, OUTCOMES, effect, effect_object, effect_words, measure
+from replay.systems.vgic.calibration import (
+    CALIBRATE,
+    DRIVES,
+    OUTCOMES,
+    effect,
+    effect_fields,
+    effect_object,
+    effect_words,
+    measure,
+)
 from replay.systems.vgic.codes import CODES, PARAMETERS
 from replay.systems.vgic.machine import VgicMachine
 from replay.systems.vgic.policies import Maintenance, Merged, Merged2017, Naive, PatchV8
@@ -43,4 +52,5 @@ SYSTEM = System(
     effect=effect,
     effect_words=effect_words,
     effect_object=effect_object,
+    effect_fields=effect_fields,
 )

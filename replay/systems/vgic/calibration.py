@@ -15,7 +15,10 @@ import polars as pl
 from replay.bodies import Bodies, Lags, Measured, Read, median
 from replay.declare import Config
 
-__all__ = ["ACK", "CALIBRATE", "DRIVES", "EOI", "OUTCOMES", "effect", "effect_object", "effect_words", "measure"]
+__all__ = [
+    "ACK", "CALIBRATE", "DRIVES", "EOI", "OUTCOMES", "effect", "effect_fields", "effect_object",
+    "effect_words", "measure",
+]  # fmt: skip
 
 #: Columns of a body (ns): from the arrival (from the load, if another vcpu's core took the interrupt) to IAR, from IAR
 #: to EOIR.
@@ -36,6 +39,11 @@ def effect(event: Mapping[str, int]) -> int:
 def effect_words(what: int) -> str:
     """The effect for people."""
     return f"interrupt {what & 0xFFFF} acknowledged on vcpu {what >> 16}"
+
+
+def effect_fields(what: int) -> Mapping[str, int]:
+    """The effect as fields of a finding."""
+    return {"vcpu": what >> 16, "obj": what & 0xFFFF}
 
 
 def effect_object(what: int) -> int:
