@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from parsers.tables import COMMON, Column, Table
 
-__all__ = ["FTRACE_COMMON", "RESERVED", "column_name", "escape", "ftrace_schema"]
+__all__ = ["FAULT", "FTRACE_COMMON", "RESERVED", "column_name", "escape", "ftrace_schema"]
 
 #: After COMMON, before the event's own fields. Null: the recording does not say.
 FTRACE_COMMON: tuple[Column, ...] = (
@@ -25,6 +25,9 @@ FTRACE_COMMON: tuple[Column, ...] = (
     Column("tgid", pa.int32(), "thread group, if recorded"),
     Column("buffer", pa.dictionary(pa.int16(), pa.string()), "ftrace instance; '' is the top one"),
 )
+
+#: What the kernel prints (newer ones: store) in place of a probe's argument that it could not read.
+FAULT = "(fault)"
 
 #: Names an event's own field cannot keep.
 RESERVED = frozenset(column.name for column in (*COMMON, *FTRACE_COMMON))

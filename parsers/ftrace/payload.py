@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from parsers.ftrace.arrays import Array, binary, nulls
-from parsers.ftrace.columns import FTRACE_COMMON, escape
+from parsers.ftrace.columns import FAULT, FTRACE_COMMON, escape
 from parsers.ftrace.convert import bitmask, each, fit, hexadecimal, parse_numbers, word_value
 from parsers.ftrace.quick import Rows, quick
 from parsers.ftrace.shapes import Part, Shape, declared, event_table, raw_shape
@@ -78,7 +78,7 @@ def _convert(
     if known.all():
         return found, None
     if symbol not in types:
-        return found, known | pc.equal(values, "(fault)").to_numpy(zero_copy_only=False)
+        return found, known | pc.equal(values, FAULT).to_numpy(zero_copy_only=False)
     names = pc.if_else(pa.array(known), pa.scalar(None, values.type), values)
     found[symbol] = _text(pc.replace_substring_regex(names, r"/0x0$", ""))
     return found, None
@@ -97,6 +97,16 @@ def _addresses(values: pa.Array, base16: bool) -> tuple[Array, Array]:
         other, valid = hexadecimal(pc.utf8_slice_codeunits(values, 2))
         numbers, known = np.where(prefixed, other, numbers), np.where(prefixed, valid, known)
     return numbers, known
+
+
+def _unquoted(columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
+    """A probe's strings without the quotes around them; null where the kernel could not read one."""
+    found = dict(columns)
+    for name, values in columns.items():
+        if values.type == pa.string() and not name.endswith("_sym"):
+            bare = pc.replace_substring_regex(values, r'(?s)^"(.*)"$', r"\1")
+            found[name] = pc.if_else(pc.equal(bare, FAULT), pa.scalar(None, pa.string()), bare)
+    return found
 
 
 def apply_shape(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Built:
@@ -144,7 +154,7 @@ def _apply(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Bu
 
 def _infer(values: set[str]) -> pa.DataType:
     """Type of an undeclared argument from its first values."""
-    known = [value for value in values if value != "(fault)"]
+    known = [value for value in values if value != FAULT]
     if known and all(re.fullmatch(r"-?\d{1,18}", value) for value in known):
         return pa.int64()
     if known and all(re.fullmatch(r"0x[0-9a-f]{1,16}|\d{1,20}", value) for value in known):
@@ -297,7 +307,10 @@ class Payloads:
             self._dynamic[name] = guess
             self.tables[name] = event_table(name, f"{name}: columns from the text's own keys", guess[0])
         types, shape = self._dynamic[name]
-        return parts, self._try(shape, types, payload, rest, parts)
+        rest = self._try(shape, types, payload, rest, parts)
+        if "__probe_ip" in types or "__probe_func" in types:
+            parts = [(rows, _unquoted(columns)) for rows, columns in parts]
+        return parts, rest
 
     def types(self, name: str) -> dict[str, pa.DataType]:
         """Field types of a table made here."""

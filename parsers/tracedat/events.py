@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from parsers.ftrace.arrays import Array, binary, dictionary, nulls, plain
-from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
+from parsers.ftrace.columns import FAULT, FTRACE_COMMON, escape, ftrace_schema
 from parsers.recording import Note, ReadOptions
 from parsers.tables import Column, Table
 from parsers.tracedat.decode import Batch, Block, column, numbers
-from parsers.tracedat.formats import EventFormat, EventText
+from parsers.tracedat.formats import PROBED, EventFormat, EventText
 from parsers.tracedat.header import Head, note
 from parsers.tracedat.layout import Limit
 from parsers.tracedat.symbols import Symbols
@@ -129,12 +130,26 @@ class Events:
                 block = Block(batch, start[rows], size[rows], layout.least)
                 own = self._task(block, layout)
                 own += [column(block, field) for field in layout.fields]
+                if layout.is_probe:
+                    own = self._faults(block, layout, own)
                 for field in layout.symbolic:
-                    own.append(self._symbols.column(block.numbers(field.offset, field.size)))
+                    addresses = block.numbers(field.offset, field.size)
+                    own.append(self._symbols.column(addresses, around=PROBED.get(field.name, False)))
                 self.counts[name] = self.counts.get(name, 0) + end - begin
             columns = shared[:-1] + own[: len(FTRACE_COMMON) - 1] + shared[-1:] + own[len(FTRACE_COMMON) - 1 :]
             tables[name] = pa.Table.from_arrays(columns, schema=self._schema(name))
         return tables
+
+    @staticmethod
+    def _faults(block: Block, layout: EventFormat, own: list[pa.Array]) -> list[pa.Array]:
+        """A probe's string of no bytes, not even a NUL, or of the word that newer kernels store, was not readable."""
+        before = len(own) - len(layout.fields)
+        for number, field in enumerate(layout.fields, start=before):
+            if field.kind == "string" and field.place != "fixed":
+                size = pa.array(block.numbers(field.offset, 4) >> np.uint32(16))
+                fault = pc.or_(pc.equal(size, 0), pc.equal(own[number], FAULT))
+                own[number] = pc.if_else(fault, pa.scalar(None, pa.string()), own[number])
+        return own
 
     def _schema(self, name: str) -> pa.Schema:
         if name not in self._schemas:

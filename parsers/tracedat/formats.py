@@ -13,7 +13,9 @@ from parsers.ftrace.columns import FTRACE_COMMON, column_name
 from parsers.tables import Column, Table
 from parsers.tracedat.layout import Limit
 
-__all__ = ["EventFormat", "EventText", "Field", "PageHeader", "announced", "parse_format", "parse_page_header"]
+__all__ = [
+    "PROBED", "EventFormat", "EventText", "Field", "PageHeader", "announced", "parse_format", "parse_page_header",
+]  # fmt: skip
 
 #: plain: one number. string/bytes/list: an array, stored as `place` says.
 Kind = Literal["number", "bool", "string", "bytes", "list"]
@@ -43,6 +45,8 @@ COMMON_FIELDS = {
 }
 #: Stack traces declare a small array but run to the end of the record.
 STACKS = {("kernel_stack", "caller"), ("user_stack", "caller")}
+#: Addresses of dynamic probes: the kernel prints them as symbols, trace-cmd as numbers. True: with the offset.
+PROBED = {"__probe_ip": True, "__probe_ret_ip": True, "__probe_func": False}
 #: Sizes of array elements that are not named by a width; `long` and pointers come from the recorder's word size.
 ELEMENTS = {"bool": 1, "char": 1, "u8": 1, "s8": 1, "short": 2, "u16": 2, "s16": 2, "u64": 8, "s64": 8, "long long": 8}
 
@@ -84,6 +88,11 @@ class EventFormat:
     fields: tuple[Field, ...]
     least: int
     symbolic: tuple[Field, ...] = ()
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether a user's probe made it: its strings are null where the kernel could not read them."""
+        return any(field.name in PROBED for field in self.fields)
 
     def table(self, name: str) -> Table:
         """The record table: ftrace's common columns, then the fields."""
@@ -227,7 +236,8 @@ def parse_format(system: str, text: bytes, word: int) -> EventFormat | None:
                 last.name, last.ctype, last.offset, 0, False, "list", "rest", word if word in (4, 8) else 8
             )
     least = max((field.offset + field.size for field in (*common.values(), *fields)), default=0)
-    symbolic = _symbolic(printing, fields)
+    probed = tuple(f for f in fields if f.name in PROBED and f.kind == "number" and f.size in (4, 8))
+    symbolic = _symbolic(printing, fields) + probed
     return EventFormat(declared.ident, system, name, common, tuple(fields), least, symbolic)
 
 

@@ -36,10 +36,21 @@ def shifted(stamps: Array, shift: Shift | None, interpolate: bool) -> Array:
         product = np.where(plain, stamps, product)
     add = offsets[low]
     if interpolate and len(times) > 1:
-        t0, t1 = times[low].astype(np.float64), times[low + 1].astype(np.float64)
-        slope = (offsets[low + 1] - offsets[low]) / np.maximum(t1 - t0, 1.0)
-        add = add + np.rint((stamps.astype(np.float64) - t0) * slope).astype(np.int64)
+        add = add + _between(stamps, times, offsets, low)
     return np.minimum(product, np.uint64((1 << 63) - 1)).astype(np.int64) + add
+
+
+def _between(stamps: Array, times: Array, offsets: Array, low: Array) -> Array:
+    """How far the offset has moved since sample `low`, rounded as trace-cmd does: half a step up, then towards zero."""
+    since = (stamps - times[low]).view(np.int64)
+    span = np.maximum((times[low + 1] - times[low]).view(np.int64), 1)
+    moved = offsets[low + 1] - offsets[low]
+    if float(np.abs(since).max(initial=0)) * float(np.abs(moved).max(initial=0)) > 2.0**61:
+        whole = [int(a) * int(b) + int(c) // 2 for a, b, c in zip(since, moved, span, strict=True)]
+        steps = [abs(a) // int(c) * (1 if a >= 0 else -1) for a, c in zip(whole, span, strict=True)]
+        return np.array([min(max(step, -(1 << 62)), 1 << 62) for step in steps], dtype=np.int64)
+    scaled = since * moved + span // 2
+    return np.asarray(np.sign(scaled) * (np.abs(scaled) // span))
 
 
 @dataclass(slots=True)

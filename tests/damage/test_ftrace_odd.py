@@ -12,7 +12,7 @@ from parsers.ftrace.text import FtraceTextReader, TraceCmdReportReader
 from parsers.recording import RecordingError
 from tests.damage.test_ftrace_damage import line
 from tests.damage.test_ftrace_damage import read as read_text
-from tests.damage.test_tracedat_damage import Writer, busy, read
+from tests.damage.test_tracedat_damage import FORMAT, Writer, busy, read
 from tests.recordings.test_tracedat import unpacked
 from tests.shared import SAMPLES
 
@@ -207,3 +207,38 @@ def test_only_ignores_names_elsewhere_in_the_line() -> None:
     data += line(b"a", b"softirq_entry: vec=7 [action=SCHED]")
     reader, _, tables = read_text(data, FtraceTextReader, only=frozenset({"softirq_entry"}))
     assert reader.counts == {"softirq_entry": 1} and tables["softirq_entry"]["offset"].to_pylist() == [2]
+
+
+def _probe_file(names: list[bytes]) -> bytes:
+    """A trace.dat of one event, a kprobe with a string argument."""
+    w = Writer(version=6)
+    body = b""
+    for name in names:
+        record = w.pack("HBBi", 77, 0, 0, 7) + w.pack("QI", 0xFFFFFFFF81000010, 20 | len(name) << 16) + name
+        body += w.record(1, record + bytes(-len(record) % 4))
+    fields = "unsigned long __probe_ip;\toffset:8;\tsize:8;\tsigned:0;\n"
+    fields += "\tfield:__data_loc char[] what;\toffset:16;\tsize:4;\tsigned:1;\n"
+    head = FORMAT[: FORMAT.index("\tfield:int irq;")].replace("name: tick", "name: mine")
+    text = head + "\tfield:" + fields + '\nprint fmt: "(%lx) what=\\"%s\\"", REC->__probe_ip, __get_str(what)\n'
+    data = w.file({0: w.ring(1000, body)})
+    size = w.pack("Q", len(FORMAT))
+    return data.replace(size + FORMAT.encode(), w.pack("Q", len(text)) + text.encode())
+
+
+def test_strings_of_probes_are_equal_in_text_and_binary() -> None:
+    """Quotes belong to the print, not to the string; what the kernel could not read is null in both."""
+    names = ["eth0", 'say "hi"', "", "a=1 b", None]
+    stored = [b"" if name is None else name.encode() + b"\0" for name in names]
+    w = Writer(version=6)
+    data = _probe_file(stored)
+    moved = data.find(w.ring(1000, b"")[:8])
+    assert moved > 0
+    # the format is longer than the writer's own, so its pages have moved: tell it where they are
+    table = data.index(b"flyrecord\0") + 10
+    place = (table + 16 + 4095) // 4096 * 4096
+    page = data[moved : moved + 4096]
+    data = (data[:table] + w.pack("QQ", place, 4096)).ljust(place, b"\0") + page
+    _, _, binary = read(data)
+    shown = [b"(fault)" if name is None else b'"' + name.encode() + b'"' for name in names]
+    _, _, text = read_text(b"".join(line(b"sh", b"mine: (do_it+0x10/0x40) what=" + word) for word in shown))
+    assert binary["mine"]["what"].to_pylist() == text["mine"]["what"].to_pylist() == names

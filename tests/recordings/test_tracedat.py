@@ -158,3 +158,32 @@ def test_batches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(one) == 1 and len(many) > 10
     for event, table in whole.items():
         assert table.equals(pieces[event]) or table.to_pydict() == pieces[event].to_pydict()
+
+
+def test_probes_have_the_symbols_that_the_kernel_prints() -> None:
+    """Addresses of probes through the saved kallsyms: symbol, offset, size as in the kernel's own text of that boot."""
+    _, _, tables = read(unpacked(shared_path("recordings/xen-2l/dom0-light.dat.zst")))
+    text = unpacked(shared_path("recordings/xen-2l/dom0-raw.trace.txt.zst"))
+    printed: dict[bytes, set[bytes]] = {}
+    for name, shown in re.findall(rb": (\w+): \(([\w.]+\+0x[^)]*)\)", text):
+        printed.setdefault(name, set()).add(shown)
+    compared = 0
+    for name, table in tables.items():
+        columns = [c for c in ("__probe_ret_ip_sym", "__probe_func_sym", "__probe_ip_sym") if c in table.column_names]
+        known = printed.get(name.encode())
+        if columns and known:
+            rows = zip(*(table[column].to_pylist() for column in columns), strict=True)
+            assert {" <- ".join(row).encode() for row in rows} <= known
+            compared += 1
+    assert compared >= 15
+
+
+def test_only_some_events() -> None:
+    """`only` gives the rows of a whole reading, but for `seq`."""
+    data = unpacked(SAMPLES / "linux-6.1-tracecmd-v7.dat.zst")
+    _, _, whole = read(data)
+    only = frozenset({"sched_switch", "hrtimer_start", "absent"})
+    reader, _, some = read(data, only=only)
+    assert set(some) == set(reader.counts) == only - {"absent"}
+    for event, table in some.items():
+        assert table.drop_columns(["seq"]).equals(whole[event].drop_columns(["seq"]))
