@@ -8,6 +8,8 @@ priority that the emulator prints when it looks for the best pending interrupt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import or_
 from typing import Final
 
 from replay.declare import Config
@@ -54,6 +56,10 @@ MAX_IRQS: Final = 1020
 MAX_LRS: Final = 64
 INTID: Final = 0x3FF
 SPURIOUS: Final = 1023
+#: Running priority when nothing is active.
+IDLE: Final = 0x100
+#: State of a list register.
+ACTIVE: Final = 2
 EOIMODE: Final = 1 << 9
 ITARGETSR: Final = 0x800
 ICFGR: Final = 0xC00
@@ -80,6 +86,10 @@ class _Interfaces:
             return self.lrs.apr
         n = (offset - GICH_LR) // 4
         return self.lrs.words[n] if 0 <= n < self.lrs.count else NIL
+
+    def active_priorities(self) -> int:
+        """APR as the list registers have it: one bit for each priority of which one is active."""
+        return reduce(or_, (1 << (w >> 23 & 0x1F) for w in self.lrs.words if w >> 28 & ACTIVE), 0)
 
     def write(self, offset: int, value: int) -> None:
         """GICH + `offset` := value."""
@@ -204,6 +214,9 @@ class GicLockstep(Lockstep):
         """EOIR: priority drop, and deactivation unless EOImode=1; DIR: deactivation."""
         core = self.cores[cpu]
         if virtual:
+            held = [n for n, w in enumerate(core.lrs.words) if w & INTID == value & INTID and w >> 28 & 3]
+            if register == EOIR and held and not any(core.lrs.state(n) & ACTIVE for n in held):
+                self.take_virtual(core, value, cpu, doubt=False)  # U4: its acknowledge was not seen
             done = core.lrs.write_virtual(register, value)
             if done >= 0:
                 self.distributor.deactivate(done, cpu)
@@ -228,7 +241,11 @@ class GicLockstep(Lockstep):
             self.compare(VIRTUAL_ACK, cpu, value, expected, t, seq)
             if expected != value:
                 core.lrs.words, core.lrs.apr = words, apr
-                self.take_virtual(core, value)
+                self.take_virtual(core, value, cpu, doubt=expected != NIL)
+                same = [d for d in self.deferred if d[0] == cpu and d[2]]  # printed in this read: the same mismatch
+                self.observed[RUNNING + 1] += len(same)
+                self.open[RUNNING + 1] += len(same)
+                self.deferred = [d for d in self.deferred if d not in same]
             return
         irq = value & INTID
         signalled = core.physical.signalled()
@@ -261,13 +278,37 @@ class GicLockstep(Lockstep):
         core.physical.stack.append(d.priority_of(irq, cpu))
         d.activate(irq, cpu)
 
-    def take_virtual(self, core: _Interfaces, value: int) -> None:
-        """The same for a list register, if one holds it."""
-        for n, word in enumerate(core.lrs.words):
+    def take_virtual(self, core: _Interfaces, value: int, cpu: int, *, doubt: bool) -> None:
+        """The same for a list register, if a pending one holds it: what would have kept it from being signalled is
+        over then. If none does, or nothing was taken, a list register that the model calls pending is in `doubt` until
+        the hypervisor reads or writes it: no guess is made on it."""
+        lrs = core.lrs
+        for n, word in enumerate(lrs.words):
             if word & INTID == value & INTID and word >> 28 & 1:
-                core.lrs.set_state(n, 2)
-                core.lrs.apr |= 1 << (word >> 23 & 0x1F)
+                level = word >> 23 & 0x1F
+                for m, other in enumerate(lrs.words):
+                    if m != n and other >> 28 & ACTIVE and other >> 23 & 0x1F <= level and not lrs.vmcr & EOIMODE:
+                        done = lrs.deactivate_virtual(other & INTID)
+                        if done >= 0:
+                            self.distributor.deactivate(done, cpu)
+                lrs.set_state(n, ACTIVE)
+                lrs.apr = lrs.apr >> level << level | 1 << level
                 return
+        best = core.lrs.best_pending()
+        if doubt and best >= 0:
+            core.unknown.add(GICH_LR + 4 * best)
+
+    def set_running(self, core: _Interfaces, running: int, virtual: int) -> None:
+        """U4: the priority of what is active, as recorded; 0x100: nothing is."""
+        if virtual:
+            level = running >> 3
+            core.lrs.apr = 0 if running >= IDLE else core.lrs.apr >> level << level | 1 << level
+            return
+        stack = core.physical.stack
+        while stack and stack[-1] < running:
+            stack.pop()
+        if running < IDLE and (not stack or stack[-1] != running):
+            stack.append(running)
 
     def compare(self, kind: int, cpu: int, value: int, expected: int, t: int, seq: int) -> None:
         """Count an outcome; NIL: the model could not tell."""
@@ -293,6 +334,9 @@ class GicLockstep(Lockstep):
             if value != expected:
                 wanted = self.text(GICH_READ, cpu, offset, NONE, expected)
                 self.report_extra(GICH_READ, t, seq, cpu, offset, NONE, value, wanted)
+                core.write(offset, value)
+                if offset >= GICH_LR:
+                    core.lrs.apr = core.active_priorities()
         core.write(offset, value)
 
     def best(self, cpu: int, irq: int, priority: int, running: int, flags: int, t: int, seq: int) -> None:
@@ -335,6 +379,8 @@ class GicLockstep(Lockstep):
                 self.open[RUNNING] += 1
                 continue
             self.compare(RUNNING + virtual, cpu, running, now, t, seq)
+            if now != running:
+                self.set_running(core, running, virtual)
         self.deferred.clear()
 
     def forget(self) -> None:
