@@ -299,6 +299,30 @@ def test_leak_when_a_policy_forgets_to_deactivate() -> None:
     assert found(run) == [(1_004_500, "vgic-phys-active-leak")]
 
 
+def test_two_lists_when_a_write_takes_only_one_node_along() -> None:
+    """G1: none of the six policies does this. 41 waits on vcpu0 behind 40; the write to its target moves the inflight
+    node, and vcpu1 loads it, while lr_queue stays with vcpu0. Told when it begins, once."""
+
+    class Racing(SYSTEMS["vgic"].policies["patch-v8"]):  # type: ignore[misc]
+        def on_itargets(self, m: Any, q: Any, writer: int, new: int) -> None:
+            m.set_target(q, new)
+            m.leave_inflight(q)
+            m.inject(new, q)
+
+    system = SYSTEMS["vgic"]
+    events = [ev(0, "phys_irq", obj=40), ev(100, "phys_irq", obj=41), ev(200, "itargets", obj=41, vcpu=1, tgt=1),
+              ev(300, "hyp_entry", vcpu=1)]  # fmt: skip
+    for policy, expected in ((Racing, [(200, "vgic-two-lists")]), (None, [])):
+        run = run_machine(
+            system, "patch-v8", [events_from_json(events)], config=Config(system.parameters, {"nr_lrs": 1}),
+            closed=True, t_end=400, policy_class=policy,
+        )  # fmt: skip
+        assert found(run) == expected
+        assert [(f.vcpu, f.val, f.observed) for f in run.findings] == [
+            (1, 0, "inflight of vcpu 1, lr_pending of vcpu 0") for _ in expected
+        ]
+
+
 # -- open runs: what a recording proves ----------------------------------------------------------------------
 
 HW40 = lr_word(40, PENDING, 0xA0, physical=40)

@@ -72,8 +72,7 @@ TWO_LISTS: Final = Code(
     "Xen struct pending_irq: inflight and lr_queue nodes",
     "One interrupt was linked in the inflight list of one vcpu and in the lr_pending list of another (`val`).",
     "A write to ITARGETSR races with an injection.",
-    "the intermediate state inside one lock section",
-    needs=("vgic.inject",),
+    "the intermediate state inside one lock section; recordings, for no event shows lr_pending",
 )
 DUPLICATE_LR: Final = Code(
     "vgic-duplicate-lr",

@@ -128,7 +128,6 @@ class Hypervisor(VgicBase):
         else:
             q.lr_pending_on = v
             enqueue(vcpu.lr_pending, q)
-            self.monitor.check_lists(q)
 
     def kick(self, v: int, purpose: int) -> None:
         """smp_send_event_check_mask, when `v` runs elsewhere."""

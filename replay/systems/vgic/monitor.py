@@ -53,6 +53,7 @@ class Monitor:
         self.stale_ns: int = config.integer("stale_ns")
         self.slice_ns: int = config.integer("slice_ns")
         self.support: dict[str, bool] = {}
+        self.on_two_lists: set[int] = set()  # irqs
         # metrics
         self.edges: int = 0
         self.arrivals: int = 0
@@ -185,8 +186,9 @@ class Monitor:
         return holder.owner[q.lr] is q and holder.lrs.state(q.lr) == INVALID and holder.kicks == 0
 
     def check(self, q: Irq) -> None:
-        """A transition of `q` is complete: start or stop the clocks of stranded and leak."""
+        """A transition of `q` is complete: its lists, and the clocks of stranded and leak."""
         now = self.machine.now
+        self.check_lists(q)
         if self.no_way_forward(q):
             if q.stranded_since == NIL:
                 q.stranded_since = now
@@ -247,8 +249,11 @@ class Monitor:
         )
 
     def check_lists(self, q: Irq) -> None:
-        """vgic-two-lists."""
-        if q.inflight_on >= 0 and q.lr_pending_on >= 0 and q.inflight_on != q.lr_pending_on:
+        """vgic-two-lists, once for as long as it lasts. No recording shows lr_pending, so only predictions have it."""
+        if q.inflight_on < 0 or q.lr_pending_on < 0 or q.inflight_on == q.lr_pending_on:
+            self.on_two_lists.discard(q.id)
+        elif q.id not in self.on_two_lists:
+            self.on_two_lists.add(q.id)
             other = self.number(q.lr_pending_on)
             self.report(
                 TWO_LISTS,
