@@ -173,7 +173,11 @@ class DatasetWriter:
 
     def __init__(self, target: Path, *, force: bool = False) -> None:
         self.target = target
-        if target.exists() and not (is_dataset(target) and force) and (not target.is_dir() or any(target.iterdir())):
+        try:
+            taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        except OSError as error:
+            raise StoreError(f"{target}: cannot write there: {error.strerror or error}", 5) from None
+        if taken and not (is_dataset(target) and force):
             hint = "give --force to replace it" if is_dataset(target) else "it is not a dataset; choose another place"
             raise StoreError(f"{target} exists already: {hint}", 2)
         self.staging = target.parent / f".{target.name}.partial-{os.getpid()}"

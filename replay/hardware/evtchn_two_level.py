@@ -106,6 +106,7 @@ class Channel(PortBits):
         "select_seq",
         "select_t",
         "select_vcpu",
+        "selector_bit",
         "since",
         "strand_reported",
         "trouble",
@@ -122,6 +123,7 @@ class Channel(PortBits):
         self.number: int = number
         self.word: int = number // bits
         self.word_bit: int = 1 << (number % bits)
+        self.selector_bit: int = 1 << self.word
         self.notify_vcpu: int = vcpu
         self.guest_cpu: int = vcpu
         self.type: int = NONE

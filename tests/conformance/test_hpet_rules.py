@@ -105,7 +105,8 @@ def test_late_early_and_missed_wakes() -> None:
 
     late = 2 * MS + 251 * US
     assert found(wake(late, 1), "hpet-late-wakeup") == [(late, "info", 0, -1, 251 * US)]
-    assert found(wake(2 * MS + 600 * US, 1), "hpet-late-wakeup")[0][1] == "warn"
+    assert found(wake(2 * MS + 501 * US, 1), "hpet-late-wakeup")[0][1] == "warn"
+    assert found(wake(2 * MS + 500 * US, 1), "hpet-late-wakeup")[0][1] == "info"
     assert found(wake(2 * MS + 249 * US, 1), "hpet-late-wakeup") == []  # slop and exit latency
     assert found(wake(late, 0), "hpet-missed-wakeup") == [(late, "warn", 0, -1, 251 * US)]
     assert found(wake(1 * MS, 1), "hpet-early-wakeup") == [(1 * MS, "info", 0, -1, -1 * MS)]
@@ -383,6 +384,10 @@ def test_details_of_comparators() -> None:
     # The handler serves its members within 100 us and re-arms; one that sleeps on has been forgotten.
     served = [*join, *handled(0, 1, 3 * MS), e(3 * MS + 10 * US, "idle.exit", cpu=1, obj=0, tgt=1)]
     assert found(replayed(served), "hpet-orphan-member") == [(3 * MS + 100 * US, "error", 2, 0, -(1 << 63))]
+    asleep_both = [(3 * MS + 100 * US, "error", cpu, 0, -(1 << 63)) for cpu in (1, 2)]
+    assert found(replayed([*join, *handled(0, 1, 3 * MS)]), "hpet-orphan-member") == asleep_both
+    own_too_late = [*own, programmed(2 * MS, 0, 1, 1, 9 * MS, 2)]
+    assert found(replayed(own_too_late), "hpet-orphan-member") == [(2 * MS + 40 * US, "error", 1, 0, 9 * MS)]
     rearmed = [*served, programmed(3 * MS + 50 * US, 0, 2, 2, 3 * MS + 50 * US, 2)]
     assert found(replayed(rearmed), "hpet-orphan-member") == []
 
@@ -419,6 +424,13 @@ def test_other_choices() -> None:
     assert chosen((9 * MS, 8 * MS, 7 * MS), (0, 1, 2), 2, MS) == []
     assert chosen((9 * MS, 8 * MS, 9 * MS), (0, 1, 2), 2, 9 * MS) == [0]  # the lowest of the latest
     assert chosen((9 * MS, 8 * MS, 9 * MS), (0, 1, 2), 0, 9 * MS) == []
+    assert chosen((9 * MS, 8 * MS, 7 * MS), (0, -1, 2), 0, MS) == [1]  # a free one
+    full = [
+        programmed(0, 0, 0, 0, 10 * MS), asleep(0, 5 * US, 10 * MS),
+        programmed(10 * US, 1, 1, 1, 1 * MS), asleep(1, 15 * US, MS - 10 * US),
+    ]  # fmt: skip
+    again = [*full, programmed(20 * US, 0, 0, 0, MS, 1), asleep(0, 30 * US, MS)]  # an owner stays on its channel
+    assert found(replayed(again), "hpet-bad-choice") == []
 
 
 # -- predicted: closed runs worked out by hand -----------------------------------------------------------------------
@@ -463,6 +475,7 @@ def test_closed_a_deadline_that_has_passed_fires_at_once(policy: str) -> None:
     """A4: clamped to 20 us, forced."""
     run = predicted([e(MS, "idle.enter", cpu=0, val=MS - 100)], policy)
     assert (told(run), run.effects) == ([], [(MS + 20 * US, 0)])
+    assert predicted([e(0, "idle.enter", cpu=0, val=1)], policy).effects == [(20 * US, 0)]  # 1 is a time, 0 is none
     join = [asleep(0, 0, 5 * MS), e(MS, "idle.enter", cpu=1, val=MS - 60 * US)]
     assert [t for t, cpu in predicted(join, policy).effects if cpu == 1] == [MS + 20 * US]
     again = [asleep(0, 0, 5 * MS), asleep(1, 10, 6 * MS), e(MS, "idle.break", cpu=0), e(2 * MS, "idle.enter", cpu=0,
@@ -538,6 +551,9 @@ def test_closed_the_same_interrupt_elsewhere_is_rerun_by_the_first_handler() -> 
     run = predicted(events, n_cpus=3, handler_ns=50 * US)
     assert run.effects == [(t, 0), (t + 20 * US, 1), (t + 50 * US, 2)]
     assert run.metrics["wake_ipis"] == 1
+    later = [*events, asleep(0, 2 * MS, MS), asleep(1, 2 * MS, 2 * MS)]  # pending once is rerun once
+    run = predicted(later, n_cpus=3, handler_ns=50 * US)
+    assert (run.effects[3:], run.metrics["hpet_reprograms"]) == ([(3 * MS, 0), (4 * MS, 1)], 4)
 
 
 def pointed(index: int, at: int, dest: int = 0) -> dict[str, Any]:
@@ -608,6 +624,22 @@ def test_closed_a_late_wake_pushes_the_next_sleep() -> None:
     assert seen_asleep.effects == [(4 * MS, 0)]  # awake until 7 ms, asleep at 8 ms
 
 
+def test_closed_a_deadline_that_passed_while_pushed_is_not_late() -> None:
+    """What is late is the push: the wake is asked for at 7 ms, and the shortest delta is 20 us."""
+    events = [BLOCKED, asleep(0, 1, 2 * MS - 1), e(2 * MS, "idle.exit", cpu=0), e(4 * MS, "isr.end", cpu=0, obj=0xF8),
+              e(5 * MS, "idle.enter", cpu=0, val=6 * MS)]  # fmt: skip
+    run = predicted(events)
+    assert run.effects == [(4 * MS, 0), (7 * MS + 20 * US, 0)]
+    assert [t for t, code, _, _ in told(run) if code == "hpet-late-wakeup"] == [4 * MS]
+
+
+def test_closed_a_sleep_without_a_recorded_end_and_an_end_without_a_sleep() -> None:
+    run = predicted([asleep(0, 0, 5 * MS), asleep(0, MS, 4 * MS)])
+    assert (run.effects, run.metrics["dropped_bodies"]) == ([(5 * MS, 0)], 0)
+    run = predicted([e(MS, "idle.exit", cpu=0), asleep(0, 2 * MS, MS)])
+    assert (run.effects, run.metrics["pushed"]) == ([(3 * MS, 0)], 0)
+
+
 def test_closed_a_body_is_counted_once() -> None:
     events = [asleep(0, 0, MS), e(MS, "idle.exit", cpu=0), asleep(0, MS + 100 * US, 900 * US),
               asleep(0, 2 * MS + 500 * US, MS)]  # fmt: skip
@@ -633,6 +665,7 @@ def wake(t: int, *, sample: int = -1, waker: int = 0) -> list[dict[str, Any]]:
         ("separate-flag", [*wake(50), *wake(450)], 2),  # but MWAIT returned at once
         ("separate-flag", [*wake(350), *wake(450)], 1),  # seen by the armed MONITOR: MWAIT returned
         ("separate-flag", [*wake(450), *wake(480)], 1),  # woken, awake
+        ("separate-flag", [*wake(450, sample=50), *wake(480, waker=2)], 2),  # woken by the IPI
         ("ipi", wake(450), 1),
         ("ipi", [*wake(350), *wake(450)], 2),
         ("cmpxchg", wake(50), 1),
@@ -653,10 +686,10 @@ def test_mwait_an_ipi_to_a_busy_cpu_is_over_when_it_sleeps() -> None:
 
 
 @pytest.mark.parametrize("mwait", ["separate-flag", "cmpxchg", "ipi"])
-@pytest.mark.parametrize(("deadline", "sleeps"), [(200, False), (201, True), (0, True)])
+@pytest.mark.parametrize(("deadline", "sleeps"), [(1, False), (200, False), (201, True), (0, True)])
 def test_mwait_looks_at_the_deadline_once_more(mwait: str, deadline: int, sleeps: bool) -> None:
     """The check is at 200, or at 300 after the flag; no deadline never comes."""
-    late = 100 if mwait == "cmpxchg" and deadline else 0
+    late = 100 if mwait == "cmpxchg" and deadline > 1 else 0
     events = [e(0, "idle.enter", cpu=1, val=deadline + late), *wake(450)]
     assert predicted(events, sub="mwait", mwait=mwait).metrics["wake_ipis"] == (0 if sleeps and mwait != "ipi" else 1)
     stale = [e(0, "idle.enter", cpu=1, val=deadline + late), e(500, "idle.enter", cpu=1, val=MS), *wake(680)]

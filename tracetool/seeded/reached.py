@@ -9,8 +9,8 @@ __all__ = ["UNIT_TESTED"]
 UNIT_TESTED: Final[frozenset[str]] = frozenset({
     "via-stale-assert", "via-spurious-inject", "via-inject-storm", "via-late-assert", "via-late-delivery",
     "via-lost-callback", "via-remote-irr-stuck", "via-eoi-unmatched", "via-count-mismatch",
-    "vgic-delivered-old-target", "vgic-queued-stranded", "vgic-lr-foreign-access", "vgic-duplicate-lr", "vgic-two-lists",
-    "vgic-migrating-stuck", "vgic-phys-active-leak", "vgic-lost-irq", "vgic-migration-refused",
+    "vgic-delivered-old-target", "vgic-queued-stranded", "vgic-lr-foreign-access", "vgic-duplicate-lr",
+    "vgic-two-lists", "vgic-migrating-stuck", "vgic-phys-active-leak", "vgic-lost-irq", "vgic-migration-refused",
     "vgic-affinity-mismatch", "vgic-lr-stale", "vgic-hw-pending-active", "vgic-maint-unneeded", "flow-edge-lost",
     "flow-upcall-dropped-inprogress", "flow-migrate-unmask-early", "flow-concurrent-handler", "flow-masked-forever",
     "flow-lateeoi-missing", "flow-spurious-invocation", "flow-upcall-no-work", "flow-affinity-refused",

@@ -14,7 +14,6 @@ to learn. Row numbers stand for time and event number until somebody asks.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from typing import Any, Final
 
 import numpy as np
@@ -61,8 +60,8 @@ class Lane:
 
     `vector` is the one requested last, or in service; `outer` the one below it in service (ASKED_AGAIN, NESTED).
     `asked`, `entered`, `outer_entered` and `ended` are the rows of the last request, deliveries and EOI taken here, -1
-    for none; then the one time that matters is `kept`, from the registers. `rows` are the last deliveries and EOIs, for
-    the story.
+    for none; then the one time that matters is `kept`, from the registers. `rows` are deliveries and EOIs, the
+    last of them for the story.
     """
 
     __slots__ = (
@@ -82,7 +81,7 @@ class Lane:
         self.asked: int = -1
         self.entered: int = -1
         self.ended: int = -1
-        self.rows: deque[int] = deque(maxlen=STORY)
+        self.rows: list[int] = []
 
 
 class QuickApicMachine(ApicMachine):
@@ -314,7 +313,7 @@ class QuickApicMachine(ApicMachine):
         lapic.isr = [vector for vector, _ in p.frames]
         if lane.ended >= 0:
             p.deliverable_since = times[lane.ended]
-        for row in lane.rows:
+        for row in lane.rows[-STORY:]:
             vector = self.vectors[row] if self.kinds[row] == DELIVER else -1
             p.recent.append((times[row], self.seqs[row], vector))
         lane.rows.clear()

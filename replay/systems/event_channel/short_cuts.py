@@ -158,8 +158,12 @@ class QuickTwoLevelMachine(TwoLevelMachine):
                     ):
                         target = dom.slots[guest]
                         word = channel.word
-                        bit = 1 << word
-                        if target is not None and target.in_upcall == 0 and target.sel_known & bit:
+                        bit = channel.selector_bit
+                        if (
+                            target is not None
+                            and target.in_upcall == 0
+                            and (target.sel_known == target.sel_all or target.sel_known & bit)
+                        ):
                             if target.sel & bit:  # E1 ends here: somebody is told already
                                 dom.ready[word] |= channel.word_bit
                                 channel.pending = 1
@@ -202,9 +206,11 @@ class QuickTwoLevelMachine(TwoLevelMachine):
                     if vcpu.in_upcall == 0:
                         vcpu.in_upcall = 1
                         vcpu.upcall_pending = 0
-                        vcpu.taken = vcpu.sel | (vcpu.sel_all & ~vcpu.sel_known)
+                        vcpu.taken = vcpu.sel
                         vcpu.sel = 0
-                        vcpu.sel_known = vcpu.sel_all
+                        if vcpu.sel_known != vcpu.sel_all:
+                            vcpu.taken |= vcpu.sel_all & ~vcpu.sel_known
+                            vcpu.sel_known = vcpu.sel_all
                         vcpu.latched = 0
                         vcpu.dispatched = 0
                         continue

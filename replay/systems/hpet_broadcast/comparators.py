@@ -137,8 +137,7 @@ class ComparatorRules:
         if armed is None or owner is None:
             return
         busy_until = self.handled.get(channel, -HANDLING_NS) + HANDLING_NS
-        if t < busy_until:  # those whom the handler wakes are on their way out
-            self.agenda.at(busy_until, SOFTWARE, ORPHAN_CHECK, channel)
+        if t < busy_until:  # those whom the handler wakes are on their way out; looked at again then
             return
         for cpu, joined in self.joined.items():
             p = cpus.get(cpu)
@@ -166,7 +165,7 @@ class ComparatorRules:
     def message(self, t: int, channel: int, cpu: int, seq: int) -> None:
         """A6: the message reached a CPU's LAPIC; remember what holds it back."""
         blocker = max(self.in_service.get(cpu, ()), default=NONE)
-        if blocker >= 0 and vector_class(blocker) < vector_class(self.vector):
+        if vector_class(blocker) < vector_class(self.vector):
             blocker = NONE
         self.fired[channel] = (t, seq, cpu, blocker)
 

@@ -182,15 +182,14 @@ class HpetBroadcast(Machine):
 
     # -- comparator --------------------------------------------------------------------------------------------
 
-    def program(self, channel: Channel, expire: int, *, forced: bool) -> bool:
+    def program(self, channel: Channel, expire: int, *, forced: bool) -> None:
         """A4: aim the comparator at `expire`. Unforced, a time that has passed is a failure; forced, it is late."""
         self.reprograms += 1
         delta = expire - self.now
         if delta <= 0 and not forced:
-            return False
+            return
         channel.next_event = expire
         self.arm(channel, self.now + min(max(delta, self.min_delta_ns), self.max_delta_ns))
-        return True
 
     def arm(self, channel: Channel, at: int) -> None:
         """Write the comparator; an earlier match is no longer due."""
@@ -230,7 +229,7 @@ class HpetBroadcast(Machine):
         highest = max(cpu.in_service, default=NONE)
         if cpu.stack and self.policy.entry_mode != EARLY_EOI:
             highest = max(highest, self.vector)
-        return highest if highest >= 0 and vector_class(highest) >= vector_class(self.vector) else NONE
+        return highest if vector_class(highest) >= vector_class(self.vector) else NONE
 
     def take(self, channel: Channel, cpu: Cpu) -> None:
         """A6, A7: acknowledge, and run the handler unless the same interrupt is being handled elsewhere."""

@@ -229,8 +229,7 @@ class Proposed(BroadcastPolicy):
         channel.owner = NONE
 
     def on_interrupt(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
-        """B6: the interrupt itself only wakes the owner, whose exit does the rest. It is on time for a busy owner."""
-        channel.next_event = INF
+        """B6: the interrupt itself only wakes the owner, whose exit does the rest."""
 
 
 class ProposedKeep(Proposed):
