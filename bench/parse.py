@@ -1,6 +1,6 @@
 """Reads a recording into Arrow tables and drops them: what parsing alone costs.
 
-    python -m bench.parse RECORDING
+    python -m bench.parse RECORDING [EVENT,EVENT…]        only these events
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from parsers.recording import ReadOptions
 __all__ = ["main", "parse"]
 
 
-def parse(path: str) -> int:
+def parse(path: str, only: frozenset[str] = frozenset()) -> int:
     """Number of records in all tables."""
     with open_recording(path) as opened:
         cls = sniff(opened.head())
         if cls is None:
             raise SystemExit(f"{path}: no known format")
-        reader = cls(opened.stream, ReadOptions(source="bench"))
+        reader = cls(opened.stream, ReadOptions(source="bench", only=only))
         return sum(table.num_rows for chunk in reader.chunks() for table in chunk.tables.values())
 
 
 def main() -> None:
     """Command line."""
-    print(parse(sys.argv[1]))
+    print(parse(sys.argv[1], frozenset(sys.argv[2].split(",")) if len(sys.argv) > 2 else frozenset()))
 
 
 if __name__ == "__main__":
