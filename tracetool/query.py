@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from replay.declare import UsageError
-from tracetool.report.model import finding_id
+from tracetool.report.verdict import finding_id
 from tracetool.store import Dataset, StoreError
 from tracetool.terminal import clean
 

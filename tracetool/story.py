@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
 from tracetool.replaying import Choice, Settings, checkable, choose, replay_dataset
-from tracetool.report import console, model
-from tracetool.report.model import finding_id
+from tracetool.report import console, recorded, stories, verdict
+from tracetool.report.verdict import finding_id
 from tracetool.results import fold
 from tracetool.store import Dataset
 from tracetool.terminal import clean
@@ -94,15 +94,15 @@ def _first_of(dataset: Dataset, code: str, values: Mapping[str, Mapping[str, Any
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def _told(dataset: Dataset, chosen: Chosen) -> tuple[model.Story, Any]:
+def _told(dataset: Dataset, chosen: Chosen) -> tuple[stories.Story, Any]:
     """The story as all reports tell it."""
-    times = model.times_of(dataset.manifest)
+    times = recorded.times_of(dataset.manifest)
     # Reports compare only their first episodes with the other runs: let this one be the first, and in a run that was
     # verified the only one.
     alone = {**chosen.run, "findings": list(chosen.group)}
     runs = [alone, *(r for r in chosen.runs if r is not chosen.run)]
-    stories = model.stories(runs, times, gaps=dataset.gaps(), only_primary=alone["mode"] == "verify")
-    story = next(s for s in stories if s.run is alone)
+    told = stories.stories(runs, times, gaps=dataset.gaps(), only_primary=alone["mode"] == "verify")
+    story = next(s for s in told if s.run is alone)
     return story, times
 
 
@@ -131,21 +131,21 @@ def document(dataset: Dataset, chosen: Chosen) -> dict[str, Any]:
         "gap": story.gap,
         "other_policies": [asdict(o) for o in story.others],
         "facts": dict(story.facts),
-        "evidence_is": model.reliable(chosen.run, chosen.first["t_ns"], times),
+        "evidence_is": verdict.reliable(chosen.run, chosen.first["t_ns"], times),
         "python": python_lines(dataset, chosen),
     }
 
 
 def listing(runs: Sequence[Mapping[str, Any]], dataset: Dataset) -> tuple[list[dict[str, Any]], str]:
     """Every episode with the name under which it can be explained: (records, text)."""
-    times = model.times_of(dataset.manifest)
-    stories = model.stories(runs, times, only_primary=False)
+    times = recorded.times_of(dataset.manifest)
+    found = stories.stories(runs, times, only_primary=False)
     records = [
         {
             "finding": s.id, "severity": s.severity, "title": s.title, "t_ns": s.first["t_ns"],
             "occurrences": len(s.findings), "predicted": s.predicted,
         }
-        for s in stories
+        for s in found
     ]  # fmt: skip
     width = max((len(r["finding"]) for r in records), default=0)
     lines = [

@@ -18,7 +18,7 @@ from tests.report import build
 from tests.report.test_formats import controls
 from tracetool.ingest import IngestOptions, ingest
 from tracetool.replaying import Settings, replay_dataset
-from tracetool.report import model
+from tracetool.report import recorded, stories, verdict
 from tracetool.report.bundle import write_bundle
 from tracetool.report.tables import tables
 from tracetool.report.window import STORIES
@@ -49,7 +49,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory, sample: Any) -> dict[str, 
 
 def test_what_is_in_it(sample: Any, bundled: dict[str, bytes]) -> None:
     dataset, runs = sample
-    told = model.stories(runs, model.times_of(dataset.manifest))[:STORIES]
+    told = stories.stories(runs, recorded.times_of(dataset.manifest))[:STORIES]
     windows = [f"records/{n:02d}-{s.id.replace(':', '-')}/records.xentrace" for n, s in enumerate(told, 1)]
     assert list(bundled) == ["report.html", "report.txt", "report.md", "findings.json", *windows, "manifest.json"]
     manifest = json.loads(bundled["manifest.json"])
@@ -57,7 +57,7 @@ def test_what_is_in_it(sample: Any, bundled: dict[str, bytes]) -> None:
     for file in manifest["files"]:
         assert file["sha256"] == hashlib.sha256(bundled[file["name"]]).hexdigest()
     assert manifest["inputs"][0]["sha256"] == hashlib.sha256(SAMPLE.read_bytes()).hexdigest()
-    beside = tables(dataset, runs, model.times_of(dataset.manifest))
+    beside = tables(dataset, runs, recorded.times_of(dataset.manifest))
     assert bundled["findings.json"].decode() == findings_json(dataset, runs, beside)
 
 
@@ -72,7 +72,7 @@ def test_the_records_of_a_window_can_be_read_again(sample: Any, bundled: dict[st
     dataset, runs = sample
     manifest = json.loads(bundled["manifest.json"])
     wrong = next(f for f in runs[0]["findings"] if f["code"] == "hpet-wrong-cpu")
-    named = model.finding_id(runs[0], wrong)
+    named = verdict.finding_id(runs[0], wrong)
     file = next(f for f in manifest["files"] if isinstance(f["what"], dict) and f["what"]["finding"] == named)
     offsets = set(file["what"]["offsets"])
     assert {e["offset"] for e in wrong["evidence"] if e["offset"] is not None} <= offsets

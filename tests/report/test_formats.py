@@ -18,11 +18,11 @@ from parsers.recording import Gap
 from replay.coverage import coverage
 from replay.systems import SYSTEMS
 from tests.report import build
-from tracetool.report import console, html, junit, markdown, model, text
-from tracetool.report.model import nearest_gap
+from tracetool.report import console, html, junit, markdown, stories, text, verdict
+from tracetool.report.recorded import nearest_gap
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
 from tracetool.report.words import Times, clean
-from tracetool.results import verdict
+from tracetool.results import verdict as judged
 from tracetool.store import Dataset
 
 Made = tuple[Dataset, list[dict[str, Any]]]
@@ -96,7 +96,7 @@ def test_every_format_tells_the_worst_finding(handover: Made) -> None:
 
 def test_worst_first_and_folded(handover: Made) -> None:
     _, runs = handover
-    told = model.stories(runs, Times())
+    told = stories.stories(runs, Times())
     assert [s.severity for s in told] == sorted((s.severity for s in told), key=["error", "warn", "info"].index)
     assert told[0].first["code"] == "hpet-wrong-cpu"
     assert len(told[0].findings) == 2
@@ -107,7 +107,7 @@ def test_blind_is_never_clean(handover: Made) -> None:
     data, runs = handover
     system = SYSTEMS["hpet"]
     blind = coverage(system, {})
-    assert verdict([], blind, 0.0) == "inconclusive"
+    assert judged([], blind, 0.0) == "inconclusive"
     run = {
         **runs[0], "findings": [], "verdict": "inconclusive",
         "coverage": [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in blind],
@@ -128,7 +128,7 @@ def test_blind_is_never_clean(handover: Made) -> None:
 def test_nothing_replayed_is_not_clean(handover: Made) -> None:
     data, _ = handover
     assert "nothing is known" in html.render(data, [])
-    assert model.overall([]) == "inconclusive"
+    assert verdict.overall([]) == "inconclusive"
 
 
 def test_a_clean_verdict_names_what_was_blind(handover: Made) -> None:
@@ -140,13 +140,13 @@ def test_a_clean_verdict_names_what_was_blind(handover: Made) -> None:
 
 def test_horizon_parts_evidence_from_prediction(handover: Made) -> None:
     _, runs = handover
-    told = {s.first["code"]: s for s in model.stories(runs, Times())}
+    told = {s.first["code"]: s for s in stories.stories(runs, Times())}
     before, after = told["hpet-affinity-stale"], told["hpet-wrong-cpu"]
     assert before.first["t_ns"] <= runs[1]["horizon_ns"] < after.first["t_ns"]
     assert all(o.evidence.startswith("evidence until") for o in before.others)
     assert all(o.evidence.startswith("prediction only") for o in after.others)
     runs_without = [runs[0], {**runs[1], "calibration": None, "horizon_ns": None}]
-    assert "not calibrated" in model.stories(runs_without, Times())[0].others[0].evidence
+    assert "not calibrated" in stories.stories(runs_without, Times())[0].others[0].evidence
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_others_look_at_the_stretch_of_the_episode(handover: Made) -> None:
     _, runs = handover
     late = {**runs[0]["findings"][-1], "code": "hpet-early-wakeup", "t_ns": 10**12}
     other = {**runs[1], "findings": [*runs[1]["findings"], late], "horizon_ns": 801_000}
-    story = next(s for s in model.stories([runs[0], other], Times()) if s.first["code"] == "hpet-wrong-cpu")
+    story = next(s for s in stories.stories([runs[0], other], Times()) if s.first["code"] == "hpet-wrong-cpu")
     assert "near it 2 × hpet-early-wakeup" in story.others[0].says
     assert story.others[0].evidence.endswith("1 of the 2 occurrences")
 
@@ -182,9 +182,9 @@ def test_uncalibrated_is_no_evidence(handover: Made) -> None:
     _, runs = handover
     calibration = {"state": "uncalibrated", "tolerance": 0.25, "metrics": {"hpet_irqs": [100, 7]}}
     other = {**runs[1], "calibration": calibration, "horizon_ns": 10**9}
-    said = model.reliable(other, 0, Times())
+    said = verdict.reliable(other, 0, Times())
     assert said == "not evidence, uncalibrated (hpet irqs recorded 100, predicted 7); horizon 1.000000000 s"
-    assert model.stories([runs[0], other], Times())[0].others[0].evidence.startswith("not evidence, uncal")
+    assert stories.stories([runs[0], other], Times())[0].others[0].evidence.startswith("not evidence, uncal")
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_hostile_strings_control_nothing(hostile: Made) -> None:
         Console(file=sink, force_terminal=False, width=400, highlight=False).print(shown)
         assert not controls(str(shown)) and not controls(sink.getvalue())
     assert "[bold red]markup[/bold red]" in sink.getvalue()
-    for story in model.stories(runs, Times()):
+    for story in stories.stories(runs, Times()):
         Console(file=sink, width=100).print(console.story(story, Times()))
     assert not controls(sink.getvalue())
     # U+2060 keeps Markdown from making links and lists.

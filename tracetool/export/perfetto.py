@@ -18,7 +18,7 @@ import polars as pl
 
 from replay.declare import UsageError
 from replay.events import KIND_ID
-from tracetool.report.model import finding_id
+from tracetool.report.verdict import finding_id
 from tracetool.report.words import noun
 from tracetool.store import Dataset, StoreError
 from tracetool.terminal import clean

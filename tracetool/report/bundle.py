@@ -28,10 +28,10 @@ from parsers.open import open_recording
 from parsers.recording import RecordingError
 from tracetool import __version__
 from tracetool.query import csv_text
-from tracetool.report import html, markdown, model, text
+from tracetool.report import html, markdown, recorded, stories, text, verdict
 from tracetool.report.around import Events
 from tracetool.report.cutting import SUFFIX, cut
-from tracetool.report.model import Story
+from tracetool.report.stories import Story
 from tracetool.report.tables import tables
 from tracetool.report.window import STORIES, Records, records_of, view_of
 from tracetool.report.words import clean
@@ -91,13 +91,13 @@ def _files(
 ) -> Iterator[tuple[str, Any, bytes]]:
     """(name, what it is, content) of every file but the manifest."""
     manifest, gaps = dataset.manifest, dataset.gaps()
-    times = model.times_of(manifest)
+    times = recorded.times_of(manifest)
     beside = tables(dataset, runs, times)
     yield "report.html", "report", _bytes(html.render(dataset, runs, command=command, beside=beside))
     yield "report.txt", "report", _bytes(text.render(runs, manifest, gaps=gaps, beside=beside))
     yield "report.md", "report", _bytes(markdown.render(runs, manifest, gaps=gaps, beside=beside))
     yield "findings.json", "findings", _bytes(findings_json(dataset, runs, beside))
-    told = model.stories(runs, times, gaps=gaps)[:STORIES]
+    told = stories.stories(runs, times, gaps=gaps)[:STORIES]
     if not told or not manifest.get("events"):
         return
     events = Events(dataset)
@@ -191,14 +191,14 @@ def _manifest(dataset: Dataset, runs: Sequence[Mapping[str, Any]], listed: Seque
         {key: item.get(key) for key in ("name", "format", "bytes", "sha256")}
         for item in dataset.manifest.get("inputs") or ()
     ]
-    times = model.times_of(dataset.manifest)
+    times = recorded.times_of(dataset.manifest)
     document = {
         "schema": 1,
         "tool": f"tracetool {__version__}",
         "inputs": inputs,
         "clock": dataset.manifest.get("clock"),
-        "verdict": model.overall(runs),
-        "episodes": len(model.stories(runs, times)),
+        "verdict": verdict.overall(runs),
+        "episodes": len(stories.stories(runs, times)),
         "reproduce": _commands(dataset, runs, listed),
         "files": list(listed),
     }

@@ -18,8 +18,8 @@ from tracetool.report.figures import (
     short,
     text,
 )
-from tracetool.report.model import Story
 from tracetool.report.overview import Overview
+from tracetool.report.stories import Story
 from tracetool.report.timeline import Period, Window, lane_key
 from tracetool.report.words import Times, number, percent, where
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tracetool.report.model import verdict_kind, verdict_words, worth
+from tracetool.report.verdict import verdict_words, worth
 from tracetool.report.words import Times, number
 
 __all__ = ["comparison"]
@@ -51,7 +51,7 @@ def comparison(runs: Sequence[Mapping[str, Any]], times: Times) -> list[dict[str
                 "runs": [
                     {
                         "policy": r["policy"], "mode": r["mode"], "verdict": verdict_words(r),
-                        "kind": verdict_kind(r),
+                        "kind": r["verdict"],
                         "trust": worth(r, times), "horizon_ns": r.get("horizon_ns"),
                     }
                     for r in mine

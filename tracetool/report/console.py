@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from tracetool.report import model
+from tracetool.report import recorded, stories, verdict
 from tracetool.report.text import story_lines
 from tracetool.report.words import Times, clean, count, lines, number, plural, where
 from tracetool.results import fold
@@ -50,18 +50,18 @@ def render(
 
     `title` stands in place of the verdict of a recording (a scenario has none); `target` is what `explain` is given.
     """
-    times = model.times_of(manifest)
+    times = recorded.times_of(manifest)
     if title:
         out = [_line(title)]
     else:
-        verdict = model.overall(runs)
-        out = [_line((verdict, verdict), f"  {model.headline(runs, times)}")]
+        kind = verdict.overall(runs)
+        out = [_line((kind, kind), f"  {verdict.headline(runs, times)}")]
     if not runs:
         reasons = (manifest.get("facts") or {}).items()
-        out += [_line(f"  {key}: {why}") for key, why in reasons if key in model.REASONS and isinstance(why, str)]
+        out += [_line(f"  {key}: {why}") for key, why in reasons if key in verdict.REASONS and isinstance(why, str)]
     for run in runs:
         out += [_line(), *_run(run, times)]
-    named = next((s.id for s in model.stories(runs, times)[:1]), None)
+    named = next((s.id for s in stories.stories(runs, times)[:1]), None)
     if named is not None and not title:
         out += [_line(), _line(("the story of a finding:  ", "dim"), f"tracetool explain {target} {named}")]
     return _page(out)
@@ -69,12 +69,12 @@ def render(
 
 def _run(run: Mapping[str, Any], times: Times) -> list[Text]:
     found: list[Piece] = []
-    for severity, n in model.severities(run["findings"]).items():
+    for severity, n in verdict.severities(run["findings"]).items():
         found += [", ", (count({severity: n}), severity)]
-    verdict = (model.verdict_words(run), model.verdict_kind(run))
-    out = [_line((model.run_name(run), "bold"), ": ", verdict, *(found or [", no findings"]))]
+    judged = (verdict.verdict_words(run), run["verdict"])
+    out = [_line((verdict.run_name(run), "bold"), ": ", judged, *(found or [", no findings"]))]
     if run["mode"] != "verify":
-        out += map(_line, lines(f"worth: {model.worth(run, times)}", WIDTH, indent="    ", first="  "))
+        out += map(_line, lines(f"worth: {verdict.worth(run, times)}", WIDTH, indent="    ", first="  "))
     groups: dict[tuple[str, str], list[Sequence[Mapping[str, Any]]]] = {}
     for group in fold(run["findings"]):
         groups.setdefault((group[0]["severity"], group[0]["code"]), []).append(group)
@@ -103,13 +103,13 @@ def _code(run: Mapping[str, Any], episodes: Sequence[Sequence[Mapping[str, Any]]
         when += f", offset {first['offset']:#x}"
     severity, expected = first["severity"], first["expected"] or "not stated"
     return [
-        _line("  ", (severity.ljust(5), severity), f" {name}  ", (model.finding_id(run, first), "dim")),
+        _line("  ", (severity.ljust(5), severity), f" {name}  ", (verdict.finding_id(run, first), "dim")),
         _line(f"        {first['observed'] or 'not stated'} ", (f"(expected: {expected})", "dim")),
         _line((f"        {when}, confidence {first['confidence']}", "dim")),
     ]
 
 
-def story(item: model.Story, times: Times, *, width: int = WIDTH) -> Text:
+def story(item: stories.Story, times: Times, *, width: int = WIDTH) -> Text:
     """One episode for `explain`."""
     head, *rest = story_lines(item, times, width)
     return _page([_line((head, item.severity)), *map(_line, rest)])

@@ -15,13 +15,13 @@ from markupsafe import Markup, escape
 
 from replay.systems import SYSTEMS
 from tracetool import __version__
-from tracetool.report import model, words
+from tracetool.report import recorded, stories, verdict, words
 from tracetool.report.around import Events
 from tracetool.report.charts import Chart, overview_chart, story_chart
 from tracetool.report.compare import comparison
 from tracetool.report.figures import finding_lanes
-from tracetool.report.model import Step, Story
 from tracetool.report.overview import overview
+from tracetool.report.stories import Step, Story
 from tracetool.report.tables import Table, tables
 from tracetool.report.timeline import Moment, Window, meanings
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
@@ -57,10 +57,10 @@ def render(
     of which plotly.js is 1.2 MB.
     """
     manifest = dataset.manifest
-    times = model.times_of(manifest)
+    times = recorded.times_of(manifest)
     gaps = dataset.gaps()
     notes = dataset.notes()
-    told = model.stories(runs, times, gaps=gaps)
+    told = stories.stories(runs, times, gaps=gaps)
     place = partial(_place, len(manifest.get("inputs") or ()) == 1)
     figures = _Figures()
     view = overview(dataset, gaps)
@@ -71,13 +71,13 @@ def render(
     library = plotlyjs()
     context = {
         "inputs": manifest.get("inputs") or [],
-        "title": model.title_of(manifest, dataset.path.name),
-        "verdict": model.overall(runs),
-        "headline": model.headline(runs, times),
-        "summaries": [model.run_summary(r, times) for r in runs],
+        "title": recorded.title_of(manifest, dataset.path.name),
+        "verdict": verdict.overall(runs),
+        "headline": verdict.headline(runs, times),
+        "summaries": [verdict.run_summary(r, times) for r in runs],
         "titles": {r["system"]: r.get("title", "") for r in runs},
         "worst": [_line(s, times, place) for s in told[:FIRST] if s.severity != "info"],
-        "sights": {r["system"]: _sentence((r.get("seen") or {}).get("text", "")) for r in model.primary(runs)},
+        "sights": {r["system"]: _sentence((r.get("seen") or {}).get("text", "")) for r in verdict.primary(runs)},
         "facts": _facts(manifest, times),
         "concluded": _concluded(manifest),
         "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
@@ -87,7 +87,7 @@ def render(
         "gaps_total": len(gaps),
         "notes": notes[:ROWS],
         "notes_more": max(0, len(notes) - ROWS),
-        "rules": _by_system(model.rules(runs)),
+        "rules": _by_system(verdict.rules(runs)),
         "details": details,
         "rest": [_line(s, times, place) for s in told[STORIES : STORIES + LISTED]],
         "rest_more": max(0, len(told) - STORIES - LISTED),
@@ -103,7 +103,7 @@ def render(
         "versions": {
             "tracetool": __version__,
             "plotly.js": PLOTLYJS_VERSION,
-            "dataset made by": model.tool_of(manifest),
+            "dataset made by": recorded.tool_of(manifest),
         },
         "suppressed": sum(sum((r.get("suppressed") or {}).values()) for r in runs),
         "times": times,
@@ -212,7 +212,7 @@ def _detail(
     ]
     return {
         "story": story,
-        "run": model.run_name(story.run),
+        "run": verdict.run_name(story.run),
         "steps": _told(story, view, times, place),
         "chart": chart,
         "occurrences": occurrences if len(story.findings) > 1 else [],
@@ -269,23 +269,23 @@ def _place(single: bool, source: object, offset: int | None) -> str:
 def _line(story: Story, times: words.Times, place: Place) -> dict[str, Any]:
     first = story.first
     return {
-        "id": story.id, "severity": story.severity, "code": first["code"], "run": model.run_name(story.run),
+        "id": story.id, "severity": story.severity, "code": first["code"], "run": verdict.run_name(story.run),
         "where": words.where(first, story.run["system"]), "t": times.at(first["t_ns"]), "n": len(story.findings),
         "expected": first["expected"], "observed": first["observed"], "confidence": first["confidence"],
         "place": place(first.get("source"), first.get("offset")),
-        "evidence": model.reliable(story.run, first["t_ns"], times, brief=True),
+        "evidence": verdict.reliable(story.run, first["t_ns"], times, brief=True),
     }  # fmt: skip
 
 
 def _hypothetical(runs: Sequence[Mapping[str, Any]], times: words.Times) -> list[Story]:
     """Episodes of the runs that say what another policy would have done."""
-    judged = {id(r) for r in model.primary(runs)}
+    judged = {id(r) for r in verdict.primary(runs)}
     other = [r for r in runs if id(r) not in judged]
-    return model.stories(other, times, only_primary=False)[:LISTED] if other else []
+    return stories.stories(other, times, only_primary=False)[:LISTED] if other else []
 
 
-def _by_system(rules: Sequence[model.Rule]) -> list[tuple[str, list[model.Rule]]]:
-    grouped: dict[str, list[model.Rule]] = {}
+def _by_system(rules: Sequence[verdict.Rule]) -> list[tuple[str, list[verdict.Rule]]]:
+    grouped: dict[str, list[verdict.Rule]] = {}
     for rule in rules:
         grouped.setdefault(rule.system, []).append(rule)
     return list(grouped.items())
@@ -333,7 +333,7 @@ def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, s
         facts.append(("Domains", ", ".join(f"d{dom} with {words.plural(n, 'vCPU')}" for dom, n in domains.items())))
     elif domains:
         facts.append(("Domains", f"{len(domains)}: {ranges(domains)}"))
-    facts.append(("Clock", model.clock_words(clock)))
+    facts.append(("Clock", recorded.clock_words(clock)))
     if account:
         total = account.get("total", 0)
         parsed, skipped = account.get("parsed", 0), account.get("skipped", 0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from tracetool.report import model
+from tracetool.report import recorded, verdict
 from tracetool.report.words import clean, plural, where
 
 __all__ = ["render"]
@@ -17,7 +17,7 @@ LISTED = 50
 
 def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
     """One XML document. Errors and warnings fail a case; remarks are its output."""
-    times = model.times_of(manifest)
+    times = recorded.times_of(manifest)
     root = ET.Element("testsuites", name="tracetool")
     for run in runs:
         cases = []
@@ -30,7 +30,7 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
             mine = findings.get(name, [])
             bad = [f for f in mine if f["severity"] in ("error", "warn")]
             told = [
-                f"{model.finding_id(run, f)} {times.at(f['t_ns'])} {where(f, run['system'])}: "
+                f"{verdict.finding_id(run, f)} {times.at(f['t_ns'])} {where(f, run['system'])}: "
                 f"expected {f['expected']}; observed {f['observed']}"
                 for f in (bad or mine)[:LISTED]
             ]
@@ -38,7 +38,7 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
                 told.append(f"and {len(bad or mine) - LISTED} more")
             text = "\n".join(map(clean, told))
             if bad:
-                worst = next(iter(model.severities(bad)))
+                worst = next(iter(verdict.severities(bad)))
                 message = f"{plural(len(bad), 'finding')}, first at {times.at(bad[0]['t_ns'])}"
                 ET.SubElement(case, "failure", type=worst, message=clean(message)).text = text
             elif name in states and states[name]["state"] == "blind":
@@ -47,13 +47,13 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
                 ET.SubElement(case, "system-out").text = text
             cases.append(case)
         suite = ET.SubElement(
-            root, "testsuite", name=clean(model.run_name(run)), tests=str(len(cases)),
+            root, "testsuite", name=clean(verdict.run_name(run)), tests=str(len(cases)),
             failures=str(sum(c.find("failure") is not None for c in cases)),
             skipped=str(sum(c.find("skipped") is not None for c in cases)), errors="0",
         )  # fmt: skip
         properties = ET.SubElement(suite, "properties")
         for name, value in (
-            ("verdict", model.verdict_words(run)), ("mode", run["mode"]), ("worth", model.worth(run, times)),
+            ("verdict", verdict.verdict_words(run)), ("mode", run["mode"]), ("worth", verdict.worth(run, times)),
         ):  # fmt: skip
             ET.SubElement(properties, "property", name=name, value=clean(value))
         suite.extend(cases)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tracetool import __version__
-from tracetool.report import model
+from tracetool.report import recorded, stories, verdict
 from tracetool.report.compare import comparison
-from tracetool.report.model import Story
+from tracetool.report.stories import Story
 from tracetool.report.tables import Table
 from tracetool.report.words import Times, clean, number, plural, size
 
@@ -44,17 +44,17 @@ def render(
 ) -> str:
     """Verdict, recording, coverage, stories and metrics. `gaps`: the dataset's, if at hand; `beside`: further tables
     (`tables.tables`)."""
-    times = model.times_of(manifest)
-    out = ["## " + escape(model.title_of(manifest)), "", f"**{escape(model.headline(runs, times))}**", ""]
+    times = recorded.times_of(manifest)
+    out = ["## " + escape(recorded.title_of(manifest)), "", f"**{escape(verdict.headline(runs, times))}**", ""]
     for item in manifest.get("inputs") or ():
-        line = f"{model.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})"
+        line = f"{recorded.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})"
         out += [f"* {escape(line)}, sha256 {_code(item.get('sha256') or 'not computed')}"]
-    out += [f"* Clock: {escape(model.clock_words(manifest.get('clock') or {}))}"]
+    out += [f"* Clock: {escape(recorded.clock_words(manifest.get('clock') or {}))}"]
     if gaps is not None:
         out += [f"* Gaps: {escape(plural(len(gaps), 'gap') if gaps else 'none known')}"]
     out += [""]
     out += _coverage(runs)
-    told = model.stories(runs, times, gaps=gaps or ())
+    told = stories.stories(runs, times, gaps=gaps or ())
     for story in told[:STORIES]:
         out += _story(story, times, gaps is not None)
     if len(told) > STORIES:
@@ -81,7 +81,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _coverage(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    rules = model.rules(runs)
+    rules = verdict.rules(runs)
     if not rules:
         return []
     rows = [
@@ -104,7 +104,7 @@ def _story(story: Story, times: Times, gaps_known: bool) -> list[str]:
     first, code = story.first, story.code
     out = [f"### {_code(story.id)} {story.severity}: {escape(story.title)}", ""]
     note = ", **predicted by the model, not recorded**" if story.predicted else ""
-    out += [f"{escape(model.run_name(story.run))}{note}.", ""]
+    out += [f"{escape(verdict.run_name(story.run))}{note}.", ""]
     if code:
         out += [escape(code.doc.replace("`", "")), ""]
     rows = [

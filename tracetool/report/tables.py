@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from tracetool.report.model import primary, run_name
+from tracetool.report.verdict import primary, run_name
 from tracetool.report.words import Times, number, plural
 from tracetool.store import Dataset
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tracetool import __version__
-from tracetool.report import model
+from tracetool.report import recorded, stories, verdict
 from tracetool.report.compare import comparison
-from tracetool.report.model import Story
+from tracetool.report.stories import Story
 from tracetool.report.tables import Table
 from tracetool.report.words import Times, clean, lines, number, plural, size
 
@@ -30,11 +30,11 @@ def render(
     """Verdict, recording, rules that could not be checked, stories and metrics. `gaps`: the dataset's, if at hand;
     `beside`: further tables (`tables.tables`)."""
     width = max(width, 40)
-    times = model.times_of(manifest)
-    out = [*lines(model.headline(runs, times), width), ""]
+    times = recorded.times_of(manifest)
+    out = [*lines(verdict.headline(runs, times), width), ""]
     out += _recording(manifest, times, width, gaps)
     out += _rules(runs, width)
-    told = model.stories(runs, times, gaps=gaps or ())
+    told = stories.stories(runs, times, gaps=gaps or ())
     for story in told[:STORIES]:
         out += [*story_lines(story, times, width, gaps_known=gaps is not None), ""]
     rest = told[STORIES:]
@@ -65,13 +65,13 @@ def _recording(
     out = ["Recording"]
     for item in manifest.get("inputs") or ():
         out += _field(
-            "file", f"{model.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})", width
+            "file", f"{recorded.input_name(item)} ({item.get('format', 'unknown')}, {size(item.get('bytes'))})", width
         )
         out += _field("sha256", item.get("sha256") or "not computed", width)
     span = manifest.get("span") or {}
     if span.get("t0_ns") is not None and span.get("t1_ns") is not None:
         out += _field("span", times.span(span["t1_ns"] - span["t0_ns"]), width)
-    out += _field("clock", model.clock_words(manifest.get("clock") or {}), width)
+    out += _field("clock", recorded.clock_words(manifest.get("clock") or {}), width)
     account = manifest.get("bytes") or {}
     if account:
         out += _field(
@@ -85,7 +85,7 @@ def _recording(
 
 
 def _rules(runs: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    rules = model.rules(runs)
+    rules = verdict.rules(runs)
     if not rules:
         return []
     states = {state: [r for r in rules if r.state == state] for state in ("checked", "inferred", "blind")}
@@ -101,7 +101,7 @@ def story_lines(story: Story, times: Times, width: int = 72, *, gaps_known: bool
     """One episode, cleaned and wrapped."""
     first, code = story.first, story.code
     out = lines(f"[{story.id}] {story.severity.upper()} {story.title}", width, indent="    ", first="")
-    run = model.run_name(story.run)
+    run = verdict.run_name(story.run)
     out += lines(
         f"{run}{': predicted by the model, not recorded' if story.predicted else ''}", width, indent="  ", first="  "
     )

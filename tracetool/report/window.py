@@ -10,7 +10,7 @@ import polars as pl
 
 from replay.systems import SYSTEMS
 from tracetool.report.around import Events
-from tracetool.report.model import Story
+from tracetool.report.stories import Story
 from tracetool.report.timeline import Window, window
 from tracetool.report.words import Times
 from tracetool.store import Dataset

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
-from tracetool.report.model import finding_id, times_of
+from tracetool.report.recorded import times_of
 from tracetool.report.tables import Table, document, tables
+from tracetool.report.verdict import finding_id
 from tracetool.store import Dataset, StoreError
 
 __all__ = ["SUFFIXES", "check_suffix", "findings_json", "write_report", "write_whole"]
