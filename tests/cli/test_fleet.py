@@ -155,6 +155,32 @@ def test_only_what_is_missing_or_changed_is_done(tmp_path: Path, inline: None) -
     assert "r0.xentrace" not in rows(output, "findings")["recording"].to_list()
 
 
+def test_the_exit_code_is_that_of_replay(tmp_path: Path, inline: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """A system that nobody asked for and that the recording hardly shows does not make a run inconclusive."""
+    kprobes = str(SAMPLES / "ftrace-linux-6.1_03-tgid.txt.zst")
+    codes = []
+    for asked in ((), ("-s", "irqflow"), ("-s", "apic"), ("-s", "hpet")):
+        one = run(["replay", kprobes, *asked])
+        many = run(["fleet", kprobes, "-o", str(tmp_path / "out"), "-j", "1", *asked])
+        assert one == many, asked
+        codes.append(one)
+    assert codes == [0, 4, 0, 4]
+    verdicts = rows(tmp_path / "out", "runs")  # of the last call; the recording has one result
+    assert verdicts["system"].to_list() == ["hpet"] and verdicts["verdict"].to_list() == ["inconclusive"]
+    capfd.readouterr()
+
+
+def test_the_policy_that_ran_is_part_of_the_job(tmp_path: Path, inline: None) -> None:
+    """`--recorded` changes results: they are made again, and a wrong name is refused before any work."""
+    recording = str(SAMPLES / "ftrace-linux-6.1_10-kprobes.txt.zst")
+    output = tmp_path / "out"
+    for stated, policy, done in (((), "edge", 1), (("irqflow=level",), "level", 1), (("irqflow=level",), "level", 0)):
+        assert run_fleet([recording], output, Job(systems=("irqflow",), recorded=stated), jobs=1).fresh == done
+        ran = rows(output, "runs")
+        assert (ran["policy"].to_list(), ran["mode"].to_list()) == ([policy], ["verify"])
+    assert run(["fleet", recording, "-o", str(output), "-j", "1", "--recorded", "irqflow=none"]) == 2
+
+
 def test_datasets_links_and_equal_names(tmp_path: Path, inline: None) -> None:
     source = recordings(tmp_path / "in", 1)
     ingest([str(source / "r0.xentrace")], source / "d.dataset", IngestOptions())

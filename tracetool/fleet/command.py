@@ -23,7 +23,7 @@ from tracetool.fleet.plan import Job, Target, find, stamp_of
 from tracetool.fleet.pool import run_pool
 from tracetool.fleet.triage import document, junit, text, triage
 from tracetool.fleet.work import Outcome, Task
-from tracetool.replaying import choose
+from tracetool.replaying import choose, choose_recorded
 from tracetool.request import check_severity
 from tracetool.results import SEVERITIES
 from tracetool.store import StoreError
@@ -119,6 +119,7 @@ def run_fleet(
 def _check(job: Job, jobs: int | None, engine: str | None) -> None:
     for spec in job.policies:
         choose(spec)
+    choose_recorded(job.recorded)
     for system in job.systems:
         if system not in SYSTEMS:
             raise UsageError(f"no system {system!r}; there are {', '.join(SYSTEMS)}")

@@ -59,6 +59,7 @@ class Job:
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: IngestOptions = field(default_factory=IngestOptions)
     version_from: str | None = None
+    recorded: tuple[str, ...] = ()
     tool: str = __version__
 
     def digest(self) -> str:
@@ -68,6 +69,7 @@ class Job:
             sorted((s, sorted(v.items())) for s, v in self.values.items()),
             self.options.cpu_hz, self.options.xen_version, self.options.format, self.options.hpet_irqs,
             sorted((k, sorted(v.items())) for k, v in self.options.event_map.items()), self.version_from, self.tool,
+            sorted(self.recorded),
         )  # fmt: skip
         return hashlib.sha256(repr(stated).encode()).hexdigest()[:32]
 

@@ -18,7 +18,8 @@ from tracetool import __version__, exits
 from tracetool.fleet import tables
 from tracetool.fleet.plan import Job, stamp_of
 from tracetool.ingest import ingest
-from tracetool.replaying import Settings, choose, replay_dataset
+from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
+from tracetool.request import exit_code
 from tracetool.results import SEVERITIES
 from tracetool.store import MANIFEST, Dataset
 
@@ -111,7 +112,8 @@ def _replay(task: Task, scratch: Path, row: dict[str, Any]) -> dict[str, list[di
     if not path.is_dir():
         ingest([task.path], scratch, job.options)
     dataset = Dataset.open(path if path.is_dir() else scratch)
-    settings = Settings(tuple(choose(p) for p in job.policies), job.systems, job.values)
+    recorded = choose_recorded(job.recorded)
+    settings = Settings(tuple(choose(p) for p in job.policies), job.systems, job.values, recorded)
     # Two roles may be one policy of a system; its run is stored once.
     runs = list({(r["system"], r["policy"]): r for r in replay_dataset(dataset, settings)}.values())
     _describe(row, dataset.manifest, task)
@@ -120,8 +122,9 @@ def _replay(task: Task, scratch: Path, row: dict[str, Any]) -> dict[str, list[di
         bad = next((n for n in notes if n["severity"] == "error"), None)
         said = f"offset {bad['offset']}: {bad['text']}; the rest was kept" if bad else None
         row.update(state="damaged", exit_code=exits.UNREADABLE, error=said)
-    elif not runs or any(r["verdict"] == "inconclusive" for r in runs):
-        row["exit_code"] = exits.INCONCLUSIVE
+    else:
+        # Findings are counted over all recordings, by `--fail-on`.
+        row["exit_code"] = exit_code(runs, "never", damaged=False, asked=bool(job.systems))
     return {
         "runs": [_run(r) for r in runs],
         "findings": [f for r in runs for f in _findings(r)],
