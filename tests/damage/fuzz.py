@@ -2,9 +2,11 @@
 
     python -m tests.damage.fuzz [--reader NAME] [--seconds N]     needs the extra: tracetool[fuzz]
     python -m tests.damage.fuzz --replay                          the corpus only, without atheris
+    python -m tests.damage.fuzz --collect FOLDER                  inputs left there by `--out` into the corpus
 
 The property tests, the fuzzer and the replay of the corpus share one entry point, `check`. An input that breaks it is
-written to `tests/damage/corpus/<reader>/found-<hash>` and stays there as a test. See `.ci/fuzz`.
+written to `tests/damage/corpus/<reader>/found-<hash>` and stays there as a test; `kept-<hash>` are inputs that broke
+nothing and reach lines of the parsers that no smaller one reaches. See `.ci/fuzz`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import hashlib
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,22 +25,27 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import pyarrow as pa
 
+import parsers
 from parsers.formats import FORMATS, reader_class, sniff
 from parsers.open import HEAD_BYTES, open_recording
 from parsers.recording import Chunk, Gap, Note, Reader, ReadOptions, RecordingError
 from parsers.tables import COMMON
 
-__all__ = ["CORPUS", "OPEN", "Read", "check", "check_reader", "corpus", "corpus_name"]
+__all__ = ["CORPUS", "OPEN", "Read", "check", "check_reader", "corpus", "corpus_name", "fuzz_bytes"]
 
 CORPUS = Path(__file__).parent / "corpus"
 #: Not a reader: decompression, recognition, and then whichever reader it is.
 OPEN = "open"
 #: Inputs above this are cut by the fuzzer: what takes long finds little.
-FUZZ_BYTES = 16 << 10
+FUZZ_BYTES = {"trace.dat": 24 << 10, "xentrace": 2 << 10, OPEN: 1 << 10}
+FUZZ_TEXT_BYTES = 1500
+#: What `--collect` keeps: inputs and bytes for each reader.
+KEPT, KEPT_BYTES = 14, 72 << 10
 
 
 @dataclass
@@ -173,16 +182,34 @@ def corpus(reader: str) -> Iterator[Path]:
 
 
 def _seeds(reader: str) -> list[bytes]:
+    """What the fuzzer starts from: the whole small file once, and pieces of it. Time goes by kinds of events more than
+    by bytes (every kind is a table), so pieces of few lines are run ten times as often."""
     import gzip
 
     from tests.damage.small_files import small_file
 
-    if reader != OPEN:
-        whole = small_file(reader)
-        return [whole[:FUZZ_BYTES], whole[: len(whole) // 2], *(p.read_bytes() for p in corpus(reader))]
-    some = [small_file(name)[:2000] for name in ("xentrace", "ftrace", "qemu")]
-    packed = [pa.compress(data, "zstd", asbytes=True) for data in some] + [gzip.compress(data) for data in some]
-    return some + packed + [p.read_bytes() for p in corpus(OPEN)]
+    kept = [p.read_bytes() for p in corpus(reader)]
+    if reader == OPEN:
+        some = [small_file(name)[:600] for name in ("xentrace", "ftrace", "qemu")]
+        packed = [pa.compress(data, "zstd", asbytes=True) for data in some] + [gzip.compress(data) for data in some]
+        return [b"".join(data.splitlines(keepends=True)[:3]) for data in some] + packed + kept
+    whole = small_file(reader)
+    if reader == "trace.dat":  # one structure: pieces are nothing
+        return [whole, *kept]
+    if reader == "xentrace":  # whole windows, and a few records of the first
+        return [whole, whole[: len(whole) // 2], *(whole[:size] for size in (24, 60, 100, 200)), *kept]
+    lines = whole.splitlines(keepends=True)
+    pieces = [b"".join(lines[i : i + 3]) for i in range(0, len(lines), 3)]
+    heads = [b"".join(lines[:n]) for n in (1, 2, 4, 8, 16)]
+    return [whole, *heads, *pieces, *(b"".join([*lines[:2], piece]) for piece in pieces[1:]), *kept]
+
+
+def _words(seeds: list[bytes]) -> bytes:
+    """A dictionary for libFuzzer: words and punctuation of the seeds, which mutation alone seldom makes."""
+    word = re.compile(rb"[A-Za-z_][\w.-]{2,24}|0x[0-9a-f]+|[ -/:-@\[-`{-~]{2,6}")
+    found = {match for seed in seeds for match in word.findall(seed)}
+    quoted = ("".join(f"\\x{byte:02x}" for byte in word) for word in sorted(found)[:600])
+    return "".join(f'"{word}"\n' for word in quoted).encode()
 
 
 def _fuzz(reader: str, seconds: int, keep: Path) -> NoReturn:
@@ -194,18 +221,26 @@ def _fuzz(reader: str, seconds: int, keep: Path) -> NoReturn:
             reader_class(name)
         check(b"", reader)
 
-    def one(data: bytes) -> None:
-        check(data[:FUZZ_BYTES], reader)
+    longest = fuzz_bytes(reader)
 
-    flags = [f"-max_total_time={seconds}", f"-max_len={FUZZ_BYTES}", "-timeout=20", "-rss_limit_mb=2500"]
-    flags += [f"-artifact_prefix={keep}/", "-print_final_stats=1", "-verbosity=1"]
+    def one(data: bytes) -> None:
+        check(data[:longest], reader)
+
+    flags = [f"-max_total_time={seconds}", f"-max_len={longest}", "-timeout=20", "-rss_limit_mb=2500"]
+    flags += [f"-artifact_prefix={keep}/", f"-dict={keep}/words", "-print_final_stats=1", "-verbosity=1"]
+    flags += ["-entropic_scale_per_exec_time=1", "-len_control=20"]
     atheris.Setup([sys.argv[0], *flags, str(keep / "corpus")], one)
     atheris.Fuzz()
     raise SystemExit(0)
 
 
-def _run(reader: str, seconds: int) -> tuple[int, list[Path]]:
-    """Executions, and the inputs found (kept in the corpus)."""
+def fuzz_bytes(reader: str) -> int:
+    """Longest input that the fuzzer makes for a reader."""
+    return FUZZ_BYTES.get(reader, FUZZ_TEXT_BYTES)
+
+
+def _run(reader: str, seconds: int, out: Path | None) -> tuple[int, list[Path]]:
+    """Executions, and the inputs found (kept in the corpus). `out` gets all inputs that reached something new."""
     found: list[Path] = []
     executions = 0
     end = time.monotonic() + seconds
@@ -213,8 +248,10 @@ def _run(reader: str, seconds: int) -> tuple[int, list[Path]]:
         with tempfile.TemporaryDirectory() as scratch:
             keep = Path(scratch)
             (keep / "corpus").mkdir()
-            for number, seed in enumerate(_seeds(reader)):
-                (keep / "corpus" / f"seed-{number}").write_bytes(seed)
+            seeds = _seeds(reader)
+            for number, seed in enumerate(seeds):
+                (keep / "corpus" / f"seed-{number}").write_bytes(seed[: fuzz_bytes(reader)])
+            (keep / "words").write_bytes(_words(seeds))
             command = [sys.executable, "-m", "tests.damage.fuzz", "--child", "--reader", reader]
             done = subprocess.run(
                 [*command, "--seconds", str(left), "--keep", scratch], capture_output=True, text=True,
@@ -228,8 +265,10 @@ def _run(reader: str, seconds: int) -> tuple[int, list[Path]]:
                 place.mkdir(parents=True, exist_ok=True)
                 kind = "found" if path.name.startswith("crash-") else path.name.partition("-")[0]
                 target = place / f"{kind}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-                target.write_bytes(path.read_bytes()[:FUZZ_BYTES])
+                target.write_bytes(path.read_bytes()[: fuzz_bytes(reader)])
                 found.append(target)
+            if out is not None:
+                shutil.copytree(keep / "corpus", out / corpus_name(reader), dirs_exist_ok=True)
             if done.returncode and not inputs:
                 print(done.stdout[-2000:], done.stderr[-4000:], file=sys.stderr)
                 raise SystemExit(f"{reader}: the fuzzer failed with {done.returncode}")
@@ -237,6 +276,60 @@ def _run(reader: str, seconds: int) -> tuple[int, list[Path]]:
                 print("\n".join(done.stderr.splitlines()[-60:]), file=sys.stderr)
                 break  # to be mended before it is worth to go on
     return executions, found
+
+
+def _lines(data: bytes, reader: str) -> frozenset[tuple[str, int, int]]:
+    """Jumps between lines of the parsers that an input makes."""
+    seen: set[tuple[str, int, int]] = set()
+    place = str(Path(parsers.__file__).parent)
+
+    def follow(frame: FrameType, event: str, _: object) -> Any:
+        file = frame.f_code.co_filename
+        if not file.startswith(place):
+            return None
+        last = frame.f_lineno
+
+        def lines(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal last
+            if event == "line":
+                seen.add((file, last, frame.f_lineno))
+                last = frame.f_lineno
+            return lines
+
+        return lines
+
+    sys.settrace(follow)
+    try:
+        check(data, reader)
+    finally:
+        sys.settrace(None)
+    return frozenset(seen)
+
+
+def _collect(reader: str, folder: Path) -> list[Path]:
+    """Fill the corpus of a reader from a folder of inputs: each adds the most jumps for its size, until none does."""
+    inputs = {p.read_bytes()[: fuzz_bytes(reader)] for p in sorted((folder / corpus_name(reader)).glob("*"))}
+    _lines(b"", reader)
+    reached = {data: _lines(data, reader) for data in sorted(inputs)}
+    place = CORPUS / corpus_name(reader)
+    place.mkdir(parents=True, exist_ok=True)
+    for old in place.glob("kept-*"):
+        old.unlink()
+    done: set[tuple[str, int, int]] = set()
+    kept: list[Path] = []
+    left = KEPT_BYTES
+    while reached and len(kept) < KEPT:
+        data = max(reached, key=lambda d: (len(reached[d] - done) / (200 + len(d)), d))
+        new = reached.pop(data) - done
+        if not new:
+            break
+        if len(data) > left:
+            continue
+        done |= new
+        left -= len(data)
+        kept.append(place / f"kept-{hashlib.sha256(data).hexdigest()[:12]}")
+        kept[-1].write_bytes(data)
+    return kept
 
 
 def _replay(readers: list[str]) -> int:
@@ -258,6 +351,8 @@ def main() -> int:
     parser.add_argument("--reader", action="append", choices=names, help="default: all, one after the other")
     parser.add_argument("--seconds", type=int, default=60, help="for each reader")
     parser.add_argument("--replay", action="store_true", help="run the corpus only")
+    parser.add_argument("--out", type=Path, help="copy all inputs that reached something new there, for --collect")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="choose the corpus from inputs left by --out")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -267,10 +362,17 @@ def main() -> int:
         _fuzz(readers[0], given.seconds, given.keep)
     if given.replay:
         return 1 if _replay(readers) else 0
+    if given.collect:
+        for reader in readers:
+            print(f"{reader}: {len(_collect(reader, given.collect))} inputs kept", flush=True)
+        return 0
     worst = 0
     for reader in readers:
-        executions, found = _run(reader, given.seconds)
-        print(f"{reader}: {executions} executions in {given.seconds} s, {len(found)} found {' '.join(map(str, found))}")
+        begin = time.monotonic()
+        executions, found = _run(reader, given.seconds, given.out)
+        rate = executions / (time.monotonic() - begin)
+        told = f"{reader}: {executions} executions in {given.seconds} s ({rate:.0f}/s), {len(found)} found"
+        print(" ".join([told, *map(str, found)]))
         sys.stdout.flush()
         worst |= bool(found)
     return worst
