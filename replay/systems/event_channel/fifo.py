@@ -97,7 +97,10 @@ class FifoMachine(FifoRules):
         key = ("range", port, 0)
         if port >= PORTS and key not in dom.reported and len(dom.reported) < 10_000:
             dom.reported.add(key)
-            self.sink.report(codes.PORT_RANGE, self.now, dom=dom.id, obj=port, val=PORTS, seq=self.seq)
+            self.sink.report(
+                codes.PORT_RANGE, self.now, dom=dom.id, obj=port, val=PORTS, seq=self.seq,
+                expected=f"a port below {PORTS}", observed=f"port {port}",
+            )  # fmt: skip
 
     # -- what recordings say ----------------------------------------------------------------------------------
 
@@ -203,8 +206,9 @@ class FifoMachine(FifoRules):
             port = dom.port(b)
             if port.busy_gen == c and port.busy == 1:
                 self.sink.report(
-                    codes.FIFO_BUSY_STUCK, self.now, dom=dom.id, obj=port.number, t_first=self.now - self.busy_ns
-                )
+                    codes.FIFO_BUSY_STUCK, self.now, dom=dom.id, obj=port.number, t_first=self.now - self.busy_ns,
+                    expected="BUSY for a few instructions", observed=f"BUSY for {self.busy_ns} ns",
+                )  # fmt: skip
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         """Lost records: nothing is known (U2)."""

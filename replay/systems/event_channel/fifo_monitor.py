@@ -24,6 +24,13 @@ EVALUATE: Final = 2
 BUSY_LONG: Final = 3
 #: Xen lock_old_queue gives up after so many attempts.
 LOCK_ATTEMPTS: Final = 3
+#: What a queue owes, and what is seen instead.
+EXPECTED: Final = {
+    codes.FIFO_NO_CONTROL_BLOCK.name: ("a control block before the first event", "linked for a vCPU without one"),
+    codes.FIFO_LINKED_UNREACHABLE.name: ("LINKED means on some queue", "LINKED, and on no queue"),
+    codes.FIFO_QUEUE_CYCLE.name: ("a queue that ends", "a LINK that leads back"),
+    codes.FIFO_READY_LOST.name: ("ready bit of a queue with events", "events linked, ready bit clear, not consuming"),
+}
 
 
 class FifoDomain:
@@ -160,4 +167,5 @@ class FifoMonitor(Machine):
         self.sink.report(
             code, self.now, dom=dom.id, vcpu=vcpu, obj=NONE if is_queue else number,
             val=number if is_queue else NIL, t_first=dom.suspects.get(key, self.now), seq=self.seq,
+            expected=EXPECTED[name][0], observed=EXPECTED[name][1],
         )  # fmt: skip

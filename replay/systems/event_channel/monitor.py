@@ -112,8 +112,10 @@ class Monitor:
         if channel.noop:
             cause = codes.HYPERCALL_NOOP.name
             self.sink.report(
-                codes.HYPERCALL_NOOP, t, dom=dom.id, vcpu=guest, obj=channel.number, severity="error", seq=seq
-            )
+                codes.HYPERCALL_NOOP, t, dom=dom.id, vcpu=guest, obj=channel.number, severity="error", seq=seq,
+                expected="the unmask marks a pending event again",
+                observed="the mask bit was clear already: the hypercall did nothing",
+            )  # fmt: skip
         elif NONE != channel.notify_vcpu != guest:
             cause = codes.BINDING_MISMATCH.name
             self.sink.report(

@@ -44,7 +44,7 @@ class Monitor:
 
     def spurious(self, unit: Interface, irq: int) -> None:
         """gic-spurious-ack."""
-        self.report(SPURIOUS_ACK, unit, irq)
+        self.report(SPURIOUS_ACK, unit, irq, expected="something to acknowledge", observed=f"IAR returned {irq}")
 
     def inversion(self, unit: Interface, irq: int, priority: int, running: InService) -> None:
         """gic-priority-inversion: lower number is higher priority; equal does not preempt."""
@@ -70,8 +70,15 @@ class Monitor:
     def leak(self, unit: Interface, entry: InService) -> None:
         """gic-active-leak."""
         now = self.machine.now
-        self.report(ACTIVE_LEAK, unit, entry.irq, val=now - entry.since, since=entry.since, seq=entry.seq)
+        self.report(
+            ACTIVE_LEAK, unit, entry.irq, val=now - entry.since, since=entry.since, seq=entry.seq,
+            expected=f"EOIR of {entry.irq}", observed=f"in service for {now - entry.since} ns",
+        )  # fmt: skip
 
     def dir_missing(self, unit: Interface, irq: int, since: int) -> None:
         """gic-dir-missing."""
-        self.report(DIR_MISSING, unit, irq, val=self.machine.now - since)
+        held = self.machine.now - since
+        self.report(
+            DIR_MISSING, unit, irq, val=held, expected=f"DIR of {irq}",
+            observed=f"priority dropped, still active after {held} ns",
+        )  # fmt: skip

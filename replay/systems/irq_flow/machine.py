@@ -110,14 +110,17 @@ class IrqFlowMachine(IrqFlowRules):
         if cpu >= 0:
             irq.bound = cpu
         if irq.type == TYPE_PIRQ and not self.policy.has_end_hook:
-            self.sink.report(codes.NO_END_NOTIFY, self.now, obj=irq.irq, seq=self.seq)
+            self.sink.report(
+                codes.NO_END_NOTIFY, self.now, obj=irq.irq, seq=self.seq,
+                expected="EOI to the hypervisor at the end", observed="a flow without an end hook",
+            )  # fmt: skip
 
     def on_upcall(self, cpu: int) -> None:
         """An upcall begins on cpu; the one before found something or it did not."""
         self.upcalls += 1
         if self.upcall_found.get(cpu) is False:
             self.spurious_upcalls += 1
-            self.sink.report(codes.UPCALL_NO_WORK, self.now, cpu=cpu, seq=self.seq)
+            self.no_work(cpu)
         self.upcall_found[cpu] = False
 
     def on_ack(self, irq: IrqRecord, cpu: int) -> None:

@@ -131,7 +131,10 @@ class Monitor:
     def begun(self, irq: IrqRecord, cpu: int, t: int, seq: int, rerun: bool) -> None:
         """A handler begins."""
         if not irq.outstanding and irq.raises_known and not irq.first_run and not rerun:
-            self.sink.report(codes.SPURIOUS_INVOCATION, t, cpu=cpu, obj=irq.irq, seq=seq)
+            self.sink.report(
+                codes.SPURIOUS_INVOCATION, t, cpu=cpu, obj=irq.irq, seq=seq,
+                expected="a raise since the handler ran last", observed="none",
+            )  # fmt: skip
         if irq.want != NONE:
             if cpu == irq.want:
                 irq.want = NONE

@@ -160,10 +160,17 @@ class IrqFlowRules(Machine):
         self.upcalls += 1
         if not irq.is_ready() or irq.bound != cpu:
             self.spurious_upcalls += 1
-            self.sink.report(codes.UPCALL_NO_WORK, self.now, cpu=cpu, obj=irq.irq)
+            self.no_work(cpu, irq.irq)
         elif self.policy.gate(self, irq, cpu):
             self.policy.flow_enter(self, irq, cpu)
         self.monitor.settle(irq, self.now, cpu)
+
+    def no_work(self, cpu: int, obj: int = NONE) -> None:
+        """flow-upcall-no-work."""
+        self.sink.report(
+            codes.UPCALL_NO_WORK, self.now, cpu=cpu, obj=obj, seq=self.seq,
+            expected="a pending event for this CPU", observed="none was ready",
+        )  # fmt: skip
 
     # -- primitive operations (S4.3) --------------------------------------------------------------------------
 
@@ -326,7 +333,10 @@ class IrqFlowRules(Machine):
     def skip(self, irq: IrqRecord, cpu: int) -> None:
         """The late-EOI gate is closed: the bit stays pending."""
         self.active_skips += 1
-        self.sink.report(codes.ACTIVE_SKIP, self.now, cpu=cpu, obj=irq.irq, seq=self.seq)
+        self.sink.report(
+            codes.ACTIVE_SKIP, self.now, cpu=cpu, obj=irq.irq, seq=self.seq,
+            expected="nothing active from before", observed="late EOI still owed: the bit stays pending",
+        )  # fmt: skip
 
     # -- late EOI --------------------------------------------------------------------------------------------
 

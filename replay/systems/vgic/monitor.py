@@ -169,8 +169,12 @@ class Monitor:
         since = vcpu.invalid_since[lr]
         if since != NIL:
             self.lazy_lr_ns += self.machine.now - since
-            if self.machine.now - since > self.stale_ns:
-                self.report(LR_STALE, q, vcpu.id, val=self.machine.now - since, since=since)
+            stale = self.machine.now - since
+            if stale > self.stale_ns:
+                self.report(
+                    LR_STALE, q, vcpu.id, val=stale, since=since, expected=f"cleared within {self.stale_ns} ns",
+                    observed=f"LR{lr} invalid for {stale} ns before the hypervisor looked",
+                )  # fmt: skip
 
     # -- no way forward ----------------------------------------------------------------------------------
 
@@ -337,7 +341,11 @@ class Monitor:
             if q.migrating == 1 and now - q.migrating_since >= self.migrating_ns:
                 self.stuck(q)
         elif action == MISMATCH and q.mismatch_since != NIL and now - q.mismatch_since >= self.slice_ns:
-            self.report(AFFINITY_MISMATCH, q, q.target, cpu=q.p_affinity, since=q.mismatch_since)
+            self.report(
+                AFFINITY_MISMATCH, q, q.target, cpu=q.p_affinity, since=q.mismatch_since,
+                expected="routed to the CPU of the target vCPU",
+                observed=f"routed to CPU {q.p_affinity} for {now - q.mismatch_since} ns",
+            )  # fmt: skip
 
     def concluded(self, q: Irq) -> None:
         """What is only known at the end: stranded, stuck (closed runs), lost."""
