@@ -31,7 +31,8 @@ class LocalApic:
 
     `isr` lists the vectors known to be in service, lowest priority first (the highest is the last). What is *not* known
     is kept as one number: vectors of a class below `isr_unknown_below` may be in service unseen. A delivery proves that
-    nothing of its class or above was in service (L3), so knowledge grows by itself (U4).
+    nothing of its class or above was in service (L3), so knowledge grows by itself (U4). So does TPR, which
+    is UNKNOWN until a write to it is seen.
     `irr`/`irr_known` are bit masks: a bit of `irr` counts only where `irr_known` has it too.
     """
 
@@ -88,6 +89,10 @@ class LocalApic:
         in_service = vector_class(self.isr[-1]) if self.isr else 0
         return max(in_service, vector_class(self.tpr) if self.tpr > 0 else 0)
 
+    def held_by_tpr(self, vector: int) -> bool:
+        """L2: whether TPR is known to hold `vector` back, whatever is in service."""
+        return self.tpr >> 4 > 0 and vector_class(vector) <= self.tpr >> 4
+
     def pending_above(self, vector: int) -> int:
         """Highest vector in IRR of a higher class than `vector`, -1 if none is known."""
         above = self.irr >> ((vector_class(vector) + 1) << 4)
@@ -105,6 +110,8 @@ class LocalApic:
                 self.isr.sort()
         if vector >> 4 < self.isr_unknown_below:
             self.isr_unknown_below = vector >> 4
+        if self.held_by_tpr(vector):
+            self.tpr = UNKNOWN  # it was lowered, and nobody saw it
 
     def eoi(self) -> int:
         """L4: clear the highest ISR bit and return its vector; -1 when none is known to be set."""

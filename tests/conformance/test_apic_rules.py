@@ -342,6 +342,36 @@ def test_a_vector_out_of_order_in_service_keeps_the_highest_on_top() -> None:
     assert run.metrics["in_service_at_end"] == 0
 
 
+def test_priority_inversion_under_tpr() -> None:
+    """L2: PPR is the higher of TPR and ISR, class by class; of TPR the lower half does not matter."""
+    f = only(replay([tpr(0, 0x45), *take(10, 0x4F)]))
+    assert (f.code.name, f.severity, f.t, f.cpu, f.obj, f.val) == (INVERSION, "error", 10, 1, 0x4F, 0x45)
+    assert (f.expected, f.observed) == ("class above 0x4 (TPR is 0x45)", "vector 0x4f delivered")
+    assert [(e.t, e.label) for e in f.evidence] == [(10, "deliver 0x4f below 0x45")]
+    assert codes(replay([tpr(0, 0x45), *take(10, 0x50)])) == []
+    assert codes(replay([tpr(0, 0x45), tpr(5, 0x3F), *take(10, 0x4F)])) == []
+    assert codes(replay([tpr(0, 0x45), deliver(10, 0xFF), exits(15, 0xFF)])) == []  # the spurious vector
+    assert codes(replay([tpr(0, 0x0F), *take(10, 0x10)])) == []
+    # Either one is enough; what is in service is named first.
+    assert found(replay([*take(5, 0x61), tpr(7, 0x50), *take(10, 0x51)]), INVERSION) == [(10, 0x51, 0x61)]
+    assert found(replay([*take(5, 0x41), tpr(7, 0x60), *take(10, 0x51)]), INVERSION) == [(10, 0x51, 0x60)]
+
+
+def test_an_unknown_tpr_accuses_nobody() -> None:
+    """It may be 0, so only what is in service counts; and it may be anything, so nothing is called deliverable."""
+    assert codes(replay([*take(10, 0x21)], known=False)) == []
+    assert codes(replay([*take(5, 0x61), *take(10, 0x51)], known=False)) == [INVERSION]
+    assert codes(replay([tpr(0, 0x50), lost(5), *take(10, 0x21)])) == []
+    assert codes(replay([tpr(0, 0x50), reset(5), *take(10, 0x21)])) == []
+    assert codes(replay([tpr(0, 0x50), tpr(5, -1), *take(10, 0x21)])) == []
+    # A delivery shows that TPR is lower by then: one lost write is one finding.
+    assert codes(replay([tpr(0, 0x50), *take(10, 0x31), eoi(20), exits(25, 0x31), *take(30, 0x31)])) == [INVERSION]
+    # No recording shows every write of TPR: the guest has a shadow.
+    assert codes(replay([tpr(0, 0x50), *take(10, 0x31)], hidden=["lapic.exit"])) == []
+    lapic = LocalApic(known=False)
+    assert [lapic.held_by_tpr(v) for v in (0x10, 0x20, 0xF0)] == [False, False, False]
+
+
 def test_not_highest() -> None:
     asked = [accept(10, 0x51), accept(20, 0x31)]
     f = only(replay([*asked, deliver(30, 0x31)], end=40))
@@ -354,8 +384,8 @@ def test_not_highest() -> None:
 
 def test_not_highest_not_for_what_was_held_back_or_came_at_once() -> None:
     asked = [accept(10, 0x51), accept(20, 0x31)]
-    assert codes(replay([tpr(0, 0x50), *asked, deliver(30, 0x31)], end=40)) == []
-    assert codes(replay([tpr(0, 0x4F), *asked, deliver(30, 0x31)], end=40)) == [NOT_HIGHEST]
+    assert codes(replay([tpr(0, 0x50), *asked, deliver(30, 0x31)], end=40)) == [INVERSION]
+    assert codes(replay([tpr(0, 0x2F), *asked, deliver(30, 0x31)], end=40)) == [NOT_HIGHEST]
     assert codes(replay([*asked, deliver(30, 0x31)], t_err_ns=20, end=40)) == []
     assert codes(replay([*asked, deliver(30, 0x31)], t_err_ns=19, end=40)) == [NOT_HIGHEST]
     assert codes(replay([accept(10, 0x31), accept(20, 0x51), deliver(20, 0x31)], end=40)) == []

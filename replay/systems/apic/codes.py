@@ -61,9 +61,10 @@ PRIORITY_INVERSION: Final = Code(
     "error",
     "L3",
     "Intel SDM vol. 3A, task and processor priorities",
-    "A vector was delivered although one of the same or a higher class was in service. Hardware cannot do this.",
+    "A vector was delivered although one of the same or a higher class was in service, or TPR held its class back. "
+    "Hardware cannot do this.",
     "The recording is incomplete or out of order: most likely the EOI of the outer vector is missing.",
-    "EOI records are missing",
+    "EOI records are missing; for TPR: writes of it are not all recorded, for a TPR shadow hides them",
     needs=(_DELIVER, _EOI),
 )
 NOT_HIGHEST: Final = Code(

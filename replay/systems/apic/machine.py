@@ -14,6 +14,7 @@ from replay.declare import Config
 from replay.events import INF, KIND_ID, NIL, NONE
 from replay.hardware.ioapic import Pin
 from replay.hardware.lapic import VECTORS
+from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.apic.hpet_block_monitor import RTC_PIN, HpetBlockMonitor
@@ -40,6 +41,7 @@ IOAPIC_RTE: Final = KIND_ID["ioapic.rte"]
 IOAPIC_CHECK: Final = KIND_ID["ioapic.check"]
 IOAPIC_REMOTE_IRR: Final = KIND_ID["ioapic.remote_irr"]
 IOAPIC_EOI: Final = KIND_ID["ioapic.eoi"]
+IOAPIC_STORM: Final = KIND_ID["ioapic.storm"]
 HPET_CMP: Final = KIND_ID["hwhpet.cmp"]
 HPET_DATA: Final = KIND_ID["hwhpet.route_data"]
 HPET_ADDRESS: Final = KIND_ID["hwhpet.route_addr"]
@@ -134,8 +136,7 @@ class ApicMachine(Machine):
         elif kind == IDLE:
             self.idle(p)
         elif kind == TPR:
-            p.lapic.tpr = val
-            p.deliverable_since = self.now
+            self.tpr(p, val)
         elif kind == RESET:
             self.reset(p, dom, vcpu)
         elif kind == SNAPSHOT:
@@ -148,6 +149,7 @@ class ApicMachine(Machine):
         self.exits_traced = self.sees("lapic.exit")
         self.monitor.exits_seen = self.exits_traced
         self.monitor.delivers_seen = self.sees("lapic.deliver")
+        self.monitor.tpr_certain = self.observed is None
         self.hpet.start(self.from_boot, self.sees("hwhpet.fire"))
         if self.observed is not None and not self.sink.closed and all(self.sees(kind) for kind in NEEDS):
             self.lockstep = ApicLockstep(self.sink)
@@ -234,6 +236,13 @@ class ApicMachine(Machine):
             p.conf = CONF_FROM_HALT
         p.frames_known = True
 
+    def tpr(self, p: Processor, value: int) -> None:
+        """L2: TPR is written."""
+        p.lapic.tpr = value & 0xFF if value >= 0 else UNKNOWN
+        p.deliverable_since = self.now
+        if p.lapic.tpr >> 4 > 0 and self.monitor.tpr_certain:
+            self.ioapic(p.dom)  # which wants to see every delivery: short cuts know of no TPR
+
     def reset(self, p: Processor, dom: int, vcpu: int) -> None:
         """A new vCPU, INIT or power-up; without a vCPU, a whole new domain."""
         if dom != NONE and vcpu == NONE:
@@ -285,6 +294,8 @@ class ApicMachine(Machine):
             self.ioapic(dom).remote_irr(obj, val, t)
         elif kind == IOAPIC_CHECK:
             self.ioapic(dom).check(t, self.in_flight(dom))
+        elif kind == IOAPIC_STORM:
+            self.ioapic(dom).slowed(obj, t, seq)
         elif kind == HPET_CMP:
             self.hpet.written(obj, val, val2, t, seq)
         elif kind == HPET_FIRE:

@@ -15,7 +15,10 @@ __all__ = ["LapicMonitor"]
 
 
 class LapicMonitor:
-    """The L rules. `accepts_seen`, `delivers_seen`, `exits_seen`: whether the recording shows those."""
+    """The L rules. `accepts_seen`, `delivers_seen`, `exits_seen`: whether the recording shows those.
+
+    `tpr_certain`: whether every write of TPR is seen. No recorder does: behind a TPR shadow a guest writes unseen.
+    """
 
     def __init__(self, sink: Sink, nesting_limit: int, t_err_ns: int) -> None:
         self.sink = sink
@@ -24,6 +27,7 @@ class LapicMonitor:
         self.accepts_seen = True
         self.exits_seen = True
         self.delivers_seen = True
+        self.tpr_certain = True
         self.max_nesting = 0
         self.unmatched = 0
 
@@ -38,20 +42,24 @@ class LapicMonitor:
         return True
 
     def delivering(self, p: Processor, vector: int, t: int, seq: int) -> None:
-        """L3 and L5, before IRR and ISR change."""
-        lapic = p.lapic
-        top = lapic.highest_in_service()
-        if top >= 0 and vector != lapic.spurious_vector and vector_class(vector) <= vector_class(top):
-            self.sink.report(
-                codes.PRIORITY_INVERSION, t, cpu=p.cpu, dom=p.dom, vcpu=p.vcpu, obj=vector, val=top, seq=seq,
-                expected=f"class above {vector_class(top):#x} (vector {top:#x} is in service)",
-                observed=f"vector {vector:#x} delivered",
-                evidence=(*p.story(), Evidence(t, seq, f"deliver {vector:#x} below {top:#x}")),
-            )  # fmt: skip
+        """L3 and L5, before IRR, ISR and TPR change."""
+        top = p.lapic.highest_in_service()
+        if vector != p.lapic.spurious_vector and top >= 0 and vector_class(vector) <= vector_class(top):
+            self._inversion(p, vector, t, seq, top, f"vector {top:#x} is in service")
+        elif vector != p.lapic.spurious_vector and self.tpr_certain and p.lapic.held_by_tpr(vector):
+            self._inversion(p, vector, t, seq, p.lapic.tpr, f"TPR is {p.lapic.tpr:#x}")
         else:
             self._nesting_on_early_eoi(p, vector, t, seq)
         if self.accepts_seen:
             self._request_seen(p, vector, t, seq)
+
+    def _inversion(self, p: Processor, vector: int, t: int, seq: int, priority: int, why: str) -> None:
+        """L2, L3: PPR, which is at least that of what is known of ISR and TPR, holds the vector back."""
+        self.sink.report(
+            codes.PRIORITY_INVERSION, t, cpu=p.cpu, dom=p.dom, vcpu=p.vcpu, obj=vector, val=priority, seq=seq,
+            expected=f"class above {vector_class(priority):#x} ({why})", observed=f"vector {vector:#x} delivered",
+            evidence=(*p.story(), Evidence(t, seq, f"deliver {vector:#x} below {priority:#x}")),
+        )  # fmt: skip
 
     def _nesting_on_early_eoi(self, p: Processor, vector: int, t: int, seq: int) -> None:
         """L5: the outer handler has written its EOI, is still running, and is of the same or a higher class."""
