@@ -15,7 +15,7 @@ from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.ftrace.flags import decode_flags
 from parsers.ftrace.layouts import BARE, Layout
 from parsers.ftrace.notes import note
-from parsers.ftrace.payload import TEXT, Built, Payload, Payloads
+from parsers.ftrace.payload import MAX_TABLES, TEXT, Built, Payload, Payloads
 from parsers.ftrace.rests import Rests, split
 from parsers.ftrace.shapes import is_known
 from parsers.recording import ClockModel, Note, ReadOptions
@@ -55,6 +55,8 @@ FIXED = {
 }
 #: Records whose text may hold newlines, so that stray lines after them are theirs.
 MARKERS = frozenset({"tracing_mark_write", "print", "bprint", "bputs", "0"})
+#: What the records of names beyond `payload.MAX_TABLES` are counted as; the table has each one's own name.
+OTHERS = "(other events)"
 
 
 def _taken(columns: list[pa.Array], rows: Array) -> list[pa.Array]:
@@ -82,6 +84,9 @@ class Builder:
     def notes(self) -> list[Note]:
         """What stayed text, and how many records had no stamp."""
         found = [note("ftrace-payload", name, count=count) for name, count in self._as_text.most_common(20)]
+        if others := self.counts.get(OTHERS):
+            text = f"records of event names beyond the first {MAX_TABLES} undeclared ones, counted as {OTHERS}"
+            found.append(note("ftrace-many-events", text, count=others))
         if self._unstamped:
             found.append(note("ftrace-no-stamps", f"{self._unstamped} records", count=self._unstamped))
         return found
@@ -155,9 +160,17 @@ class Builder:
         place = np.empty(by_code.size, dtype=np.int64)
         place[by_code] = np.arange(by_code.size)
         place = place[rests.index[order]]
-        edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
         tables: dict[str, pa.Table] = {}
         as_text: list[pa.Table] = []
+        edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
+        if len(edges) > MAX_TABLES // 2:
+            own = np.array([self._admits(rests.names[number]) for number in code[order[edges[:-1]]].tolist()])
+            others = np.flatnonzero(np.repeat(~own, np.diff(edges)))
+            if others.size:
+                as_text.append(self._others(rests, common, code, order, others))
+                mine = np.flatnonzero(np.repeat(own, np.diff(edges)))
+                order, place, common = order[mine], place[mine], _taken(common, mine)
+                edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
         for begin, end in pairwise(edges):
             number = int(code[order[begin]])
             name = rests.names[number]
@@ -188,6 +201,20 @@ class Builder:
             table = pa.concat_tables(as_text).unify_dictionaries()
             tables[TEXT.name] = table.take(np.argsort(table["seq"].to_numpy(), kind="stable")).combine_chunks()
         return tables
+
+    def _admits(self, name: str) -> bool:
+        """Whether records of this name are looked at on their own."""
+        return name in FIXED or name[0] == "(" or name in self._options.only or self._payloads.admits(name)
+
+    def _others(self, rests: Rests, common: list[pa.Array], code: Array, order: Array, rows: Array) -> pa.Table:
+        """Records of names that are too many: all of them as text, each with its name."""
+        numbers, slot = np.unique(code[order[rows]], return_inverse=True)
+        names = pa.array([rests.names[number] for number in numbers.tolist()], pa.string())
+        event = pa.DictionaryArray.from_arrays(plain(pa.int32(), slot.astype(np.int32)), names)
+        texts = rests.index[order[rows]]
+        payload = Payload(rests.rows(texts), rests.raw).strings(np.arange(rows.size)).cast(pa.string())
+        self.counts[OTHERS] = self.counts.get(OTHERS, 0) + int(rows.size)
+        return pa.Table.from_arrays([*_taken(common, rows), event, payload], schema=TEXT.schema())
 
     @staticmethod
     def _owners(scan: Scan, code: Array, names: list[str]) -> tuple[Array, Array, list[int]]:

@@ -12,6 +12,7 @@ NOTES: tuple[NoteCode, ...] = (
     NoteCode("ftrace-lost", "warn", "the ring buffer dropped records"),
     NoteCode("ftrace-overrun", "warn", "the header says that older records were overwritten"),
     NoteCode("ftrace-payload", "info", "payloads that no declared shape fits; kept as text in ftrace_text"),
+    NoteCode("ftrace-many-events", "warn", "more event names than any kernel has; records of the rest kept as text"),
     NoteCode("ftrace-buffer-started", "info", "the oldest record kept of a CPU is later than the start of the trace"),
     NoteCode("ftrace-clock", "warn", "stamps could not be brought to nanoseconds: their unit is not in the text"),
     NoteCode("ftrace-no-stamps", "warn", "records without a time stamp (function_graph)"),

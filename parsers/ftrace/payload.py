@@ -30,7 +30,8 @@ TEXT = Table(
     ),
 )
 
-#: How many event tables text may create by names and keys that nothing declares.
+#: How many undeclared event names of a text are looked at one by one (a kernel with all its modules has about 2500
+#: events, most of them declared); records of further names are kept as text together.
 MAX_TABLES = 2048
 MAX_KEYS = 64
 #: Events with at most so many different payloads in a batch, none longer than so many bytes, are looked up among the
@@ -54,7 +55,7 @@ def _convert(
     part: Part, values: pa.Array, types: dict[str, pa.DataType]
 ) -> tuple[dict[str, pa.Array], Array | None]:
     """Columns from one captured group; the mask says which rows really fit (None: all)."""
-    name, kind, symbol = part.column, types.get(part.column), f"{part.column}_sym"
+    name, kind, symbol = part.column, types.get(part.column), part.symbol
     if part.how == "string":
         if kind == pa.string():
             return {name: _text(values)}, None
@@ -229,8 +230,18 @@ class Payloads:
         tables[TEXT.name] = TEXT
         self._dynamic: dict[str, tuple[dict[str, pa.DataType], Shape]] = {}
         self._plain: set[str] = set()
+        self._admitted: set[str] = set()
         self._known: dict[str, Known] = {}
         self._kept = 0
+
+    def admits(self, name: str) -> bool:
+        """Whether an event is one of those that `decode` takes: declared, or among the first MAX_TABLES others."""
+        if name in self._admitted or declared().get(name) is not None:
+            return True
+        if len(self._admitted) >= MAX_TABLES:
+            return False
+        self._admitted.add(name)
+        return True
 
     def decode(self, name: str, payload: Payload) -> tuple[list[Built], Array]:
         """Typed parts (row numbers, columns by field) of event `name`, and the rows that stay text.
@@ -299,10 +310,9 @@ class Payloads:
             return parts, rest
         if name not in self._dynamic:
             sample = payload.strings(np.arange(min(len(payload), 200)))
-            guess = self._guess(sample) if len(self._dynamic) < MAX_TABLES else None
+            guess = self._guess(sample)
             if guess is None:
-                if len(self._plain) < MAX_TABLES:
-                    self._plain.add(name)
+                self._plain.add(name)
                 return parts, rest
             self._dynamic[name] = guess
             self.tables[name] = event_table(name, f"{name}: columns from the text's own keys", guess[0])

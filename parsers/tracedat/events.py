@@ -55,6 +55,8 @@ class Events:
         for number, event in enumerate(self._formats[: (1 << 16) - 1], start=1):
             self._index[event.ident] = number
         self._layouts: dict[int, EventFormat] = {}
+        self._beyond: dict[int, str] = {}  # declared events without a table by id, as there are too many
+        self._beyond_records = 0
         self._seen = np.zeros(1 << 16, dtype=bool)
         self._broken: list[Note] = []
         parsed = (event.parse() for event in self._formats)
@@ -102,6 +104,9 @@ class Events:
             if not number:
                 continue
             declared = self._formats[number - 1]
+            if len(self._layouts) >= Limit.EVENTS:
+                self._index[ident], self._beyond[ident] = 0, self._names[number - 1]
+                continue
             layout = declared.parse()
             if layout is None:
                 self._index[ident] = 0
@@ -170,9 +175,11 @@ class Events:
         ident = numbers(batch, at, 2)
         for value, count in zip(*np.unique(ident[long_enough], return_counts=True), strict=True):
             known = self._index[value]
-            if not known:
+            name = self._names[known - 1] if known else self._beyond.get(int(value), f"event_{value}")
+            if int(value) in self._beyond:
+                self._beyond_records += int(count)
+            elif not known:
                 self._unknown[int(value)] += int(count)
-            name = self._names[known - 1] if known else f"event_{value}"
             self.counts[name] = self.counts.get(name, 0) + int(count)
         if not long_enough.all():
             missing = int((~long_enough).sum())
@@ -214,4 +221,7 @@ class Events:
         unknown, short = self._unknown.most_common(20), self._short.most_common(20)
         found = [note("tracedat-unknown-event", f"event id {i}", count=count) for i, count in unknown]
         found += self._broken[: Limit.NOTES]
+        if self._beyond_records:
+            text = f"records of {len(self._beyond)} events beyond the first {int(Limit.EVENTS)}"
+            found.append(note("tracedat-many-events", text, count=self._beyond_records))
         return found + [note("tracedat-short-record", name, count=count) for name, count in short]

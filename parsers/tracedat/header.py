@@ -145,6 +145,7 @@ def _read_v6(head: Head, cursor: Cursor) -> None:
             cursor.seek(offset)
             if cursor.take(10) != b"flyrecord\0":
                 raise Damage(f"no buffer of instance {name!r}", offset)
+            _check_areas(head, cpus, offset)
             head.buffers.append(Buffer(name, head.clock, head.page_size, _v6_areas(cursor, cpus)))
             head.claims.append((offset, cursor.tell()))
     except Damage as damage:
@@ -156,6 +157,12 @@ def _v6_areas(cursor: Cursor, cpus: int) -> tuple[Area, ...]:
     if cpus * 16 > cursor.left():
         raise Damage(f"no room for {cpus} CPU entries", cursor.tell())
     return tuple(Area(cpu, *cursor.unpack("QQ")) for cpu in range(cpus))
+
+
+def _check_areas(head: Head, more: int, at: int) -> None:
+    """Instances may all point at the same bytes: a small file could name billions of CPUs' data."""
+    if sum(len(buffer.areas) for buffer in head.buffers) + more > Limit.AREAS:
+        raise Damage(f"more than {int(Limit.AREAS)} CPUs in all instances together", at)
 
 
 def _byteorder(head: Head) -> Literal["little", "big"]:
@@ -251,6 +258,7 @@ def _v7_buffer(head: Head, cursor: Cursor, data: bytes, at: int) -> Buffer:
     page_size, cpus = body.unpack("II")
     if cpus > Limit.CPUS or cpus * 20 > body.left():
         raise Damage(f"no room for {cpus} CPU entries", at)
+    _check_areas(head, cpus, at)
     areas = tuple(Area(*body.unpack("IQQ")) for _ in range(cpus))
     cursor.seek(section)
     ident, flags, _string, _size = cursor.unpack("HHIQ")
@@ -296,20 +304,30 @@ def _add_format(head: Head, system: str, text: bytes, offset: int) -> None:
     event = announced(system, text, head.word, offset)
     if event is None:
         head.add_note("tracedat-formats", f"{system}: {text[:60]!r}", offset)
-    elif len(head.formats) < Limit.FORMATS:
+    else:
         head.formats.append(event)
 
 
+def _count(cursor: Cursor) -> int:
+    """How many systems or formats follow; more than there are event ids is damage."""
+    count = cursor.number(4)
+    if count > Limit.FORMATS:
+        raise Damage(f"{count} event formats or systems", cursor.base + cursor.tell() - 4)
+    return count
+
+
 def _ftrace_formats(head: Head, cursor: Cursor) -> None:
-    for _ in range(cursor.number(4)):
+    for _ in range(_count(cursor)):
         at = cursor.base + cursor.tell()
         _add_format(head, "ftrace", cursor.take(cursor.number(8)), at)
 
 
 def _event_formats(head: Head, cursor: Cursor) -> None:
-    for _ in range(cursor.number(4)):
+    for _ in range(_count(cursor)):
         system = cursor.text().decode("utf-8", "backslashreplace")
-        for _ in range(cursor.number(4)):
+        for _ in range(_count(cursor)):
+            if len(head.formats) >= Limit.FORMATS:
+                raise Damage(f"more than {len(head.formats)} event formats", cursor.base + cursor.tell())
             at = cursor.base + cursor.tell()
             _add_format(head, system, cursor.take(cursor.number(8)), at)
 
@@ -328,7 +346,11 @@ def _cmdlines_section(head: Head, cursor: Cursor) -> None:
 
 def _cmdlines(head: Head, text: bytes) -> None:
     """`PID COMM` lines; the last one of a pid wins, as in trace-cmd."""
-    for line in text.split(b"\n"):
+    lines = text.split(b"\n", Limit.TASKS)
+    if len(lines) > Limit.TASKS:
+        head.add_note("tracedat-section", f"more than {int(Limit.TASKS)} names of tasks; the rest is left out")
+        lines.pop()
+    for line in lines:
         pid, _, comm = line.partition(b" ")
         if comm and pid.isdigit() and len(pid) < 10:
             head.comms[int(pid)] = comm

@@ -49,7 +49,10 @@ class Limit(IntEnum):
     CHUNK = 64 << 20  # uncompressed bytes of one compressed chunk of pages
     CHUNKS_HELD = 256 << 20  # of all CPUs together
     CPUS = 1 << 16
-    FORMATS = 1 << 17
+    FORMATS = 1 << 16  # ids of events have 16 bits
+    EVENTS = 4096  # events that have a table; a kernel with all its modules has about 2500
+    TASKS = 1 << 22  # names of tasks: the highest pid of Linux
+    AREAS = 1 << 14  # of all CPUs and instances together
     FIELDS = 4096
     ARRAY = 1 << 16
     OPTIONS = 1 << 16
@@ -65,6 +68,7 @@ NOTES: tuple[NoteCode, ...] = (
     NoteCode("tracedat-section", "error", "a section or option lies outside the file or contradicts itself; skipped"),
     NoteCode("tracedat-option", "warn", "an option has an unexpected size or content; ignored"),
     NoteCode("tracedat-formats", "warn", "an event format could not be understood; its records go to ftrace_raw"),
+    NoteCode("tracedat-many-events", "warn", "more events occur than any kernel has; records of the rest: ftrace_raw"),
     NoteCode("tracedat-unknown-event", "warn", "records whose id no event format declares; kept in ftrace_raw"),
     NoteCode("tracedat-short-record", "error", "records shorter than their event's fields; kept in ftrace_raw"),
     NoteCode("tracedat-page", "error", "a ring-buffer page is damaged; the rest of that page is skipped"),

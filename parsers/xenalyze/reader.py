@@ -173,8 +173,9 @@ class XenalyzeReader:
         corrected = self._words(records, add)
         rest = records.filter(~pl.Series(done[records["row"].to_numpy()], dtype=pl.Boolean))
         keyed = rest.with_columns(pl.col("text").str.extract(r"^ ?([\w:]+)").alias("key"))
-        for (key,), group in keyed.drop_nulls("key").partition_by("key", as_dict=True).items():
-            for pattern in _BY_KEY.get(str(key), ()):
+        known = keyed.filter(pl.col("key").is_in(list(_BY_KEY)))  # what is unknown may differ in every line
+        for (key,), group in known.partition_by("key", as_dict=True).items():
+            for pattern in _BY_KEY[str(key)]:
                 if not group.height:
                     break
                 hits, columns = match_pattern(pattern, group)
