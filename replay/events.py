@@ -150,6 +150,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("ioapic.remote_irr", "apic", "outcome", "obj=pin, val=0/1"),
     Kind("ioapic.eoi", "apic", "outcome", "obj=vector: EOI broadcast reached the IOAPIC"),
     Kind("ioapic.message", "apic", "outcome", "obj=vector, tgt=destination, val=0 logical, 10:8 mode, 15 level"),
+    Kind("ioapic.storm", "apic", "context", "obj=pin: KVM delays a level pin that it has sent 10,000 times running"),
     Kind("hwhpet.cmp", "apic", "stimulus", "obj=comparator, val=value written, val2=counter read"),
     Kind("hwhpet.route_data", "apic", "stimulus", "obj=comparator, val=MSI data"),
     Kind("hwhpet.route_addr", "apic", "stimulus", "obj=comparator, val=MSI address"),

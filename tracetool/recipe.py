@@ -104,8 +104,13 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     Recipe(
         "apic", "kvm", "requests, injections and EOIs of guests' LAPICs, IOAPIC pins",
         ("trace-cmd record -e kvm:kvm_apic_accept_irq -e kvm:kvm_inj_virq -e kvm:kvm_eoi -e kvm:kvm_pv_eoi "
-         "-e kvm:kvm_ioapic_set_irq -e kvm:kvm_msi_set_irq -e kvm:kvm_entry -e kvm:kvm_exit -o kvm.dat sleep 10",),
-        limits="With APICv or AVIC injections and most EOIs are not traced.",
+         "-e kvm:kvm_apicv_accept_irq -e kvm:kvm_apic -e kvm:kvm_set_irq -e kvm:kvm_ioapic_set_irq -e kvm:kvm_ack_irq "
+         "-e kvm:kvm_ioapic_delayed_eoi_inj -e kvm:kvm_msi_set_irq -e kvm:kvm_entry -e kvm:kvm_exit "
+         "-o kvm.dat sleep 10",),
+        limits="One guest at a time: the records name vCPUs, not guests. With APICv or AVIC injections and most EOIs "
+        "are not traced (kvm_apicv_accept_irq tells); to see them load kvm_intel with enable_apicv=0 or kvm_amd with "
+        "avic=0. With a split irqchip the IOAPIC is in user space and leaves no record. When the guest's handlers "
+        "return is in the guest's own recording only.",
     ),
     Recipe(
         "apic", "linux", "vectors taken by each CPU",

@@ -221,7 +221,7 @@ def _words(
     text: Text, part: Part, begin: Array, stop: Array, types: dict[str, pa.DataType]
 ) -> tuple[dict[str, pa.Array], Array]:
     """Columns of a part that is no number, and which rows fit."""
-    name, kind, symbol = part.column, types.get(part.column), f"{part.column}_sym"
+    name, kind, symbol = part.column, types.get(part.column), part.symbol
     every = np.ones(begin.size, dtype=bool)
     if part.how == "string":
         if kind == pa.string():

@@ -2,7 +2,8 @@
 
 A shape is literal text with `{FIELD FORMAT}` parts. FORMAT is a printf specifier, `as sym<…>` or `as flags<…>`
 (names for numbers), `as bitmask`, or `-> one of 'a'/'b'` (a word in place of a number). A field printed as a word
-has a second column `FIELD_sym` with that word; FIELD itself is null where the word does not determine the number.
+has a second column `FIELD_sym` with that word (printed as several words: `FIELD_sym_2` … too); FIELD itself is null
+where the word does not determine the number.
 """
 
 from __future__ import annotations
@@ -35,13 +36,20 @@ WHOLE = frozenset({"clockid", "prev_state"})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One captured group: the column it fills and how. `words`: number for each name, if known."""
+    """One captured group: the column it fills and how. `words`: number for each name, if known. `nth`: several bits of
+    one field may be printed as a word each."""
 
     column: str
     how: How
     words: dict[str, int] = field(default_factory=dict)
     flags: bool = False
     options: tuple[str, ...] = ()  # the only words that there are
+    nth: int = 1
+
+    @property
+    def symbol(self) -> str:
+        """Column of the word: `FIELD_sym`, of the field's second one `FIELD_sym_2` …"""
+        return f"{self.column}_sym" if self.nth == 1 else f"{self.column}_sym_{self.nth}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,7 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
     literals: list[bytes] = []
     shape = shape.strip()
     for match in SPLIT.finditer(shape):
+        nth = 1
         before = shape[position : match.start()]
         position = match.end()
         pattern += re.escape(before)
@@ -135,7 +144,8 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
                 inside = re.search(r"<(.*)>", text)
                 words = _words(inside[1]) if inside is not None and field_name in WHOLE else {}
                 group = "(.*?)"
-            extra.setdefault(f"{field_name}_sym", pa.string())
+            nth = 1 + sum(part.column == field_name and part.how == "words" for part in parts)
+            extra.setdefault(Part(field_name, how, nth=nth).symbol, pa.string())
         elif " as bitmask" in text:
             how, group = "bitmask", "([0-9a-f]{1,16}(?:,[0-9a-f]{1,16})*)"
         elif " as " in text:
@@ -156,7 +166,7 @@ def _compile(shape: str, types: dict[str, pa.DataType]) -> tuple[Shape, dict[str
             words = {}
         used.add((field_name, how))
         pattern += group
-        parts.append(Part(field_name, how, words, " as flags<" in text, tuple(options)))
+        parts.append(Part(field_name, how, words, " as flags<" in text, tuple(options), nth))
     pattern += re.escape(shape[position:])
     pattern = re.sub(r"(\\ )+", lambda run: " +" if len(run[0]) > 2 else " ", pattern)
     literals.append(shape[position:].encode())

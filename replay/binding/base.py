@@ -106,7 +106,9 @@ def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.D
     for name, dtype in COLUMNS.items():
         value = given.get(name, _DEFAULTS.get(name))
         expr = value if isinstance(value, pl.Expr) else pl.lit(value)
-        exprs.append(expr.cast(dtype).alias(name))
+        # A damaged record may hold a number that its column cannot: that field is not known then.
+        expr = expr.cast(dtype, strict=False)
+        exprs.append((expr.fill_null(_DEFAULTS[name]) if name in _DEFAULTS else expr).alias(name))
     return frame.select(exprs)
 
 

@@ -48,11 +48,12 @@ LEVEL_STORM: Final = Code(
     "ioapic-level-storm",
     "warn",
     "IO3",
-    "Linux note_interrupt",
-    "A level pin was delivered again three times without its line falling, and no handler wanted any of them.",
+    "Linux note_interrupt; KVM kvm_ioapic_update_eoi_one",
+    "A level pin was delivered again three times without its line falling, and no handler wanted any of them; or KVM "
+    "slowed it down, having sent it again 10,000 times running.",
     "No driver serves the device that holds the line.",
     "A handler took one of them; it is unknown what the handlers returned.",
-    needs=(_LINE, _RTE, _EOI, "lapic.exit"),
+    needs=(_LINE, _RTE, _EOI, "lapic.exit|ioapic.storm"),
     thresholds=("ioapic_storm_count",),
 )
 

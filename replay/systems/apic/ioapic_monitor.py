@@ -195,6 +195,19 @@ class IoApicMonitor:
             w = self.watch(pin.number)
             w.unwanted = w.unwanted + 1 if result == 0 else 0
 
+    def slowed(self, number: int, t: int, seq: int) -> None:
+        """KVM holds a level pin back: its EOIs were answered by the next message all the time."""
+        w = self.watch(number)
+        if w.storm_reported:
+            return
+        w.storm_reported = True
+        self.sink.report(
+            codes.LEVEL_STORM, t, dom=self.dom, obj=number, val=w.redelivered, seq=seq,
+            expected="a handler that makes the line fall",
+            observed=f"KVM slows the pin down; {w.redelivered} messages since the line rose or the recording began",
+            evidence=w.told(),
+        )  # fmt: skip
+
     def check(self, t: int, in_flight: int = -1) -> None:
         """Evaluate the time-outs now. `in_flight`: vectors that may be requested or in service somewhere, as bits; -1:
         of some local APIC that is not known."""
