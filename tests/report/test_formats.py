@@ -19,7 +19,7 @@ from replay.coverage import coverage
 from replay.systems import SYSTEMS
 from tests.report import build
 from tracetool.report import console, html, junit, markdown, stories, text, verdict
-from tracetool.report.recorded import nearest_gap
+from tracetool.report.recorded import Gaps
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
 from tracetool.report.words import Times, clean
 from tracetool.results import verdict as judged
@@ -161,12 +161,12 @@ def test_horizon_parts_evidence_from_prediction(handover: Made) -> None:
 )
 def test_nearest_gap(t: int, cpu: int | None, says: str) -> None:
     gaps = [{"cpu": 2, "t0_ns": 100, "t1_ns": 200, "reason": "lost-records", "lost": 3}]
-    assert nearest_gap(t, cpu, gaps, Times()).startswith(says)
+    assert Gaps(gaps).nearest(t, cpu, Times()).startswith(says)
 
 
 def test_an_open_gap_covers_the_rest() -> None:
     gaps = [{"cpu": None, "t0_ns": 100, "t1_ns": None, "reason": "truncated", "lost": None}]
-    assert nearest_gap(10**12, 3, gaps, Times()).startswith("inside a gap")
+    assert Gaps(gaps).nearest(10**12, 3, Times()).startswith("inside a gap")
 
 
 def test_others_look_at_the_stretch_of_the_episode(handover: Made) -> None:

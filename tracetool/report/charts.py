@@ -14,7 +14,6 @@ from tracetool.report.figures import (
     gap_bars,
     gap_trace,
     layout_of,
-    merge_bars,
     short,
     text,
 )
@@ -224,7 +223,7 @@ def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapp
             }
         )  # fmt: skip
         legend.add(track.span)
-    bars = merge_bars(gap_bars(gaps, lanes, view.t0, view.t1, view.t0, scale, times), extent / scale / 2000)
+    bars = gap_bars(gaps, lanes, view.t0, view.t1, view.t0, scale, times)
     if bars:
         trace = gap_trace(bars)
         trace["y"] = [order[bar[0]] for bar in bars]
@@ -247,7 +246,7 @@ def overview_chart(view: Overview, stories: Sequence[Story], gaps: Sequence[Mapp
         "the share of time in such periods. Every finding is marked and every gap is hatched, however short."
     )
     if len(marks) > MARKS:
-        caption += f" {number(len(marks))} findings: marks that would lie on the same pixel are one mark with a count."
+        caption += f" {number(len(marks))} findings: marks that lie together are one mark with a count."
     if view.omitted:
         caption += f" {view.omitted} quieter lanes are left out."
     return Chart(

@@ -12,10 +12,11 @@ from tracetool.results import SEVERITIES
 
 __all__ = [
     "MARKS", "Bar", "Chart", "bars_trace", "finding_lanes", "finding_traces", "gap_bars", "gap_lanes", "gap_trace",
-    "layout_of", "merge_bars", "short", "text",
+    "layout_of", "merge_gaps", "short", "text",
 ]  # fmt: skip
 
-#: Findings and gaps drawn one by one up to this number; beyond it marks that would coincide become one with a count.
+#: Findings and gaps drawn one by one up to this number, which is also the most marks that a chart has: beyond it marks
+#: that lie together become one with a count, so that none is left out.
 MARKS: Final = 3000
 
 #: A horizontal bar: lane, start, length, text.
@@ -105,15 +106,12 @@ def gap_bars(
 ) -> list[Bar]:
     """Bars of the gaps that touch [t0, t1]; an open end reaches to the edge."""
     bars = []
-    for gap in gaps:
-        start = gap["t0_ns"] if gap.get("t0_ns") is not None else None
-        end = gap["t1_ns"] if gap.get("t1_ns") is not None else None
-        if start is None and end is None:
+    for gap in merge_gaps(gaps, t0, t1, len(lanes)):
+        start, end = gap.get("t0_ns"), gap.get("t1_ns")
+        reach = _reach(gap, t0, t1)
+        if reach is None:
             continue
-        low, high = t0 if start is None else start, t1 if end is None else end
-        if high < t0 or low > t1:
-            continue
-        low, high = max(low, t0), min(high, t1)
+        low, high = reach
         lost = f", {number(gap['lost'])} records lost" if gap.get("lost") else ""
         who = "all CPUs" if gap.get("cpu") is None else f"CPU {gap['cpu']}"
         text = f"{gap.get('reason')} on {who}{lost}: {times.at(start)} to {times.at(end)}"
@@ -124,14 +122,12 @@ def gap_bars(
 def finding_traces(
     findings: Sequence[tuple[str, Mapping[str, Any], str]], origin: int, scale: int, extent: int, times: Times
 ) -> list[dict[str, Any]]:
-    """Findings as markers. Above MARKS, those of one severity and lane closer than a pixel become one, counted."""
-    step = max(extent // 1000, 1) if len(findings) > MARKS else 0
-    merged: dict[tuple[str, str, int], tuple[int, int, int, str, str]] = {}
-    for index, (lane, finding, tag) in enumerate(findings):
-        t = finding["t_ns"]
-        key = (finding["severity"], lane, t // step if step else index)
-        old = merged.get(key)
-        merged[key] = (old[0], t, old[2] + 1, old[3], old[4]) if old else (t, t, 1, finding["code"], tag)
+    """Findings as markers. Above MARKS, those of one severity and lane that lie together become one, counted."""
+    merged = _merged(findings, 0)
+    step = max(extent // 1000, 1)
+    while len(merged) > MARKS and step <= 2 * extent:
+        merged = _merged(findings, step)
+        step *= 2
     traces = []
     # Open shapes: the events underneath stay visible.
     symbols = {"error": "circle-open", "warn": "square-open", "info": "hexagon-open"}
@@ -158,19 +154,62 @@ def finding_traces(
     return traces
 
 
+def _merged(
+    findings: Sequence[tuple[str, Mapping[str, Any], str]], step: int
+) -> dict[tuple[str, str, int], tuple[int, int, int, str, str]]:
+    """Marks by (severity, lane, time in steps; 0: each of its own): first and last time, how many, code, tag."""
+    merged: dict[tuple[str, str, int], tuple[int, int, int, str, str]] = {}
+    for index, (lane, finding, tag) in enumerate(findings):
+        t = finding["t_ns"]
+        key = (finding["severity"], lane, t // step if step else index)
+        old = merged.get(key)
+        if old:
+            merged[key] = (min(old[0], t), max(old[1], t), old[2] + 1, old[3], old[4])
+        else:
+            merged[key] = (t, t, 1, finding["code"], tag)
+    return merged
+
+
 def short(value: float) -> float:
     return float(f"{value:.10g}")
 
 
-def merge_bars(bars: list[Bar], pixel: float) -> list[Bar]:
-    """Many gaps: neighbours closer than a pixel become one bar that covers them all; none is dropped."""
-    if len(bars) <= MARKS:
-        return bars
-    merged: list[Bar] = []
-    for lane, start, length, text in sorted(bars):
-        if merged and merged[-1][0] == lane and start <= merged[-1][1] + merged[-1][2] + pixel:
-            _, s, n, t = merged[-1]
-            merged[-1] = (lane, s, max(n, start + length - s), t if t.startswith("several") else "several gaps: " + t)
-        else:
-            merged.append((lane, start, length, text))
-    return merged
+def merge_gaps(gaps: Sequence[Mapping[str, Any]], t0: int, t1: int, lanes: int) -> list[Mapping[str, Any]]:
+    """The gaps that touch [t0, t1]. Too many for a chart of so many lanes: those of one CPU that lie together become
+    one with a count, which covers them all."""
+    inside = [g for g in gaps if _reach(g, t0, t1) is not None]
+    step = max((t1 - t0) // 2000, 1)
+    kept = inside
+    while len(kept) * max(lanes, 1) > MARKS and step <= 2 * (t1 - t0):
+        kept = _joined(inside, t0, t1, step)
+        step *= 2
+    return kept
+
+
+def _reach(gap: Mapping[str, Any], t0: int, t1: int) -> tuple[int, int] | None:
+    """What a gap covers of [t0, t1]; an end that is not known is open."""
+    start, end = gap.get("t0_ns"), gap.get("t1_ns")
+    if start is None and end is None:
+        return None
+    low, high = t0 if start is None else start, t1 if end is None else end
+    return None if high < t0 or low > t1 else (max(low, t0), min(high, t1))
+
+
+def _joined(gaps: Sequence[Mapping[str, Any]], t0: int, t1: int, step: int) -> list[Mapping[str, Any]]:
+    by_cpu: dict[int | None, list[tuple[int, int, int]]] = {}
+    for gap in gaps:
+        low, high = _reach(gap, t0, t1) or (t0, t1)
+        by_cpu.setdefault(gap.get("cpu"), []).append((low, high, gap.get("lost") or 0))
+    joined: list[Mapping[str, Any]] = []
+    for cpu, spans in by_cpu.items():
+        whole: list[list[int]] = []
+        for low, high, lost in sorted(spans):
+            if whole and low <= whole[-1][1] + step:
+                whole[-1] = [whole[-1][0], max(whole[-1][1], high), whole[-1][2] + lost, whole[-1][3] + 1]
+            else:
+                whole.append([low, high, lost, 1])
+        joined += [
+            {"cpu": cpu, "t0_ns": low, "t1_ns": high, "lost": lost, "reason": f"{number(n)} gaps" if n > 1 else "gap"}
+            for low, high, lost, n in whole
+        ]  # fmt: skip
+    return joined

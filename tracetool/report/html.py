@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any, Final
@@ -13,32 +14,25 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from replay.systems import SYSTEMS
 from tracetool import __version__
-from tracetool.report import recorded, stories, verdict, words
+from tracetool.report import facts, recorded, stories, verdict, words
 from tracetool.report.around import Events
 from tracetool.report.charts import Chart, overview_chart, story_chart
 from tracetool.report.compare import comparison
 from tracetool.report.figures import finding_lanes
-from tracetool.report.overview import overview
+from tracetool.report.limits import LADDER, MAX_BYTES, Limits
+from tracetool.report.overview import Overview, overview
 from tracetool.report.stories import Step, Story
 from tracetool.report.tables import Table, tables
 from tracetool.report.timeline import Moment, Window, meanings
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
-from tracetool.report.window import STORIES, view_of
+from tracetool.report.window import view_of
 from tracetool.store import Dataset
 
-__all__ = ["CHART_BYTES", "render"]
+__all__ = ["render"]
 
 #: Episodes that the verdict names.
 FIRST: Final = 5
-#: Lines of the table of episodes that are not told in full, and occurrences listed for one episode.
-LISTED: Final = 250
-OCCURRENCES: Final = 60
-#: All charts together may take this much (bytes); an episode whose chart does not fit is told without one.
-CHART_BYTES: Final = 640_000
-#: Rows of gaps and notes that are listed.
-ROWS: Final = 300
 #: Recorded events listed before and after a finding.
 BEFORE, AFTER = 12, 5
 
@@ -54,49 +48,90 @@ def render(
 
     `runs` are records of `results.run_record`; `command` the command line that made the report; `beside` the tables
     of `tables.tables`, if they have been made already. The same input gives the same bytes. Typically 1.5 to 2.5 MB,
-    of which plotly.js is 1.2 MB.
+    of which plotly.js is 1.2 MB; never more than MAX_BYTES, whatever was found and however long its strings are.
     """
-    manifest = dataset.manifest
-    times = recorded.times_of(manifest)
     gaps = dataset.gaps()
-    notes = dataset.notes()
-    told = stories.stories(runs, times, gaps=gaps)
+    times = recorded.times_of(dataset.manifest)
+    whole = _Whole(
+        dataset, runs, command, gaps, dataset.notes(), stories.stories(runs, times, gaps=gaps),
+        _hypothetical(runs, times), tables(dataset, runs, times) if beside is None else beside,
+        overview(dataset, gaps), times,
+    )  # fmt: skip
+    text = ""
+    for limits in LADDER:
+        text = _document(whole, limits)
+        if len(text.encode("utf-8", "backslashreplace")) <= MAX_BYTES:
+            break
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """All that a report may tell, whatever of it there is room for."""
+
+    dataset: Dataset
+    runs: Sequence[Mapping[str, Any]]
+    command: str
+    gaps: Sequence[Mapping[str, Any]]
+    notes: Sequence[Mapping[str, Any]]
+    told: Sequence[Story]
+    predicted: Sequence[Story]
+    beside: Sequence[Table]
+    view: Overview | None
+    times: words.Times
+
+
+def _document(whole: _Whole, limits: Limits) -> str:
+    """The report within these limits."""
+    manifest, runs, times, gaps, notes = whole.dataset.manifest, whole.runs, whole.times, whole.gaps, whole.notes
+    told, view = whole.told, whole.view
     place = partial(_place, len(manifest.get("inputs") or ()) == 1)
-    figures = _Figures()
-    view = overview(dataset, gaps)
-    whole = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
-    events = Events(dataset) if view else None
-    details = [_detail(events, story, gaps, times, figures, place) for story in told[:STORIES]]
+    figures = _Figures(limits.chart_bytes)
+    drawn = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
+    events = Events(whole.dataset) if view else None
+    details = [_detail(events, story, gaps, times, figures, place, limits) for story in told[: limits.stories]]
+    listed = told[limits.stories : limits.stories + limits.listed]
+    beyond = told[limits.stories + limits.listed :]
+    counts = sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0]))
+    observed = sorted((manifest.get("observed") or {}).items())
+    concluded = facts.concluded(manifest)
+    command = whole.command
     script = _source("report.js")
     library = plotlyjs()
     context = {
-        "inputs": manifest.get("inputs") or [],
-        "title": recorded.title_of(manifest, dataset.path.name),
+        "inputs": (manifest.get("inputs") or [])[: limits.rows],
+        "inputs_more": max(0, len(manifest.get("inputs") or ()) - limits.rows),
+        "title": recorded.title_of(manifest, whole.dataset.path.name),
         "verdict": verdict.overall(runs),
         "headline": verdict.headline(runs, times),
         "summaries": [verdict.run_summary(r, times) for r in runs],
         "titles": {r["system"]: r.get("title", "") for r in runs},
         "worst": [_line(s, times, place) for s in told[:FIRST] if s.severity != "info"],
-        "sights": {r["system"]: _sentence((r.get("seen") or {}).get("text", "")) for r in verdict.primary(runs)},
-        "facts": _facts(manifest, times),
-        "concluded": _concluded(manifest),
-        "counts": sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0])),
-        "observed": sorted((manifest.get("observed") or {}).items()),
-        "gaps": [_gap(g, times) for g in gaps[:ROWS]],
-        "gaps_more": max(0, len(gaps) - ROWS),
+        "sights": {r["system"]: facts.sentence((r.get("seen") or {}).get("text", "")) for r in verdict.primary(runs)},
+        "facts": facts.facts(manifest, times),
+        "concluded": concluded[: limits.rows],
+        "concluded_total": len(concluded),
+        "counts": counts[: limits.rows],
+        "counts_total": len(counts),
+        "observed": observed[: limits.rows],
+        "observed_total": len(observed),
+        "gaps": [facts.gap(g, times) for g in gaps[: limits.rows]],
+        "gaps_more": max(0, len(gaps) - limits.rows),
         "gaps_total": len(gaps),
-        "notes": notes[:ROWS],
-        "notes_more": max(0, len(notes) - ROWS),
-        "rules": _by_system(verdict.rules(runs)),
+        "notes": notes[: limits.rows],
+        "notes_more": max(0, len(notes) - limits.rows),
+        "rules": facts.by_system(verdict.rules(runs)),
         "details": details,
-        "rest": [_line(s, times, place) for s in told[STORIES : STORIES + LISTED]],
-        "rest_more": max(0, len(told) - STORIES - LISTED),
+        "rest": [_line(s, times, place) for s in listed],
+        "beyond": _summed(beyond, times),
         "episodes": len(told),
-        "predicted": [_line(s, times, place) for s in _hypothetical(runs, times)],
-        "overview": whole,
-        "beside": tables(dataset, runs, times) if beside is None else beside,
+        "predicted": [_line(s, times, place) for s in whole.predicted[: limits.listed]],
+        "predicted_beyond": _summed(whole.predicted[limits.listed :], times),
+        "predicted_total": len(whole.predicted),
+        "overview": drawn,
+        "beside": whole.beside,
         "policies": comparison(runs, times),
-        "configs": _configs(runs),
+        "configs": facts.configs(runs),
         "legend": sorted(figures.kinds.items()),
         "command": command or manifest.get("command", ""),
         "ingest_command": manifest.get("command", ""),
@@ -115,7 +150,7 @@ def render(
         "csp": f"default-src 'none'; script-src {_hash(library)} {_hash(script)}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'",
     }
-    return _environment().from_string(_source("report.html.j2")).render(context)
+    return _environment(limits.text).from_string(_source("report.html.j2")).render(context)
 
 
 #: Writes where a record is from its source and offset.
@@ -123,12 +158,12 @@ Place = Callable[[object, int | None], str]
 
 
 class _Figures:
-    """The figures of the charts that are drawn, within CHART_BYTES."""
+    """The figures of the charts that are drawn, within so many bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: int) -> None:
         self.parts: dict[str, str] = {}
         self.kinds: dict[str, str] = {}
-        self.left = CHART_BYTES
+        self.left = left
 
     def add(self, chart: Chart, *, force: bool = False) -> Chart | None:
         """The chart if it fits, else None."""
@@ -157,16 +192,17 @@ def _source(name: str) -> str:
     return files("tracetool.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _finalize(value: object) -> object:
-    """Every printed value: markup as it is, all else without control and reordering characters."""
-    if isinstance(value, Markup):
-        return value
-    return "" if value is None else words.clean(value)
+def _environment(limit: int) -> Environment:
+    """Templates in which every value but markup is printed without control and reordering characters, and no value
+    that came from outside is longer than `limit` characters."""
 
+    def finalize(value: object) -> object:
+        if isinstance(value, Markup):
+            return value
+        return "" if value is None else words.clean(value, limit)
 
-def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, finalize=_finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["prose"] = _prose
     return environment
@@ -187,6 +223,7 @@ def _detail(
     times: words.Times,
     figures: _Figures,
     place: Place,
+    limits: Limits,
 ) -> dict[str, Any]:
     """One episode with its window, chart and occurrences."""
     view: Window | None = None
@@ -208,7 +245,7 @@ def _detail(
             "confidence": f["confidence"],
             "place": place(f.get("source"), f.get("offset")),
         }
-        for i, f in enumerate(story.findings[:OCCURRENCES])
+        for i, f in enumerate(story.findings[: limits.occurrences])
     ]
     return {
         "story": story,
@@ -216,7 +253,7 @@ def _detail(
         "steps": _told(story, view, times, place),
         "chart": chart,
         "occurrences": occurrences if len(story.findings) > 1 else [],
-        "occurrences_more": max(0, len(story.findings) - OCCURRENCES),
+        "occurrences_more": max(0, len(story.findings) - limits.occurrences),
     }
 
 
@@ -281,102 +318,20 @@ def _hypothetical(runs: Sequence[Mapping[str, Any]], times: words.Times) -> list
     """Episodes of the runs that say what another policy would have done."""
     judged = {id(r) for r in verdict.primary(runs)}
     other = [r for r in runs if id(r) not in judged]
-    return stories.stories(other, times, only_primary=False)[:LISTED] if other else []
+    return stories.stories(other, times, only_primary=False) if other else []
 
 
-def _by_system(rules: Sequence[verdict.Rule]) -> list[tuple[str, list[verdict.Rule]]]:
-    grouped: dict[str, list[verdict.Rule]] = {}
-    for rule in rules:
-        grouped.setdefault(rule.system, []).append(rule)
-    return list(grouped.items())
-
-
-def _configs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Thresholds of each system; runs of one system that differ are listed apart."""
-    seen: list[dict[str, Any]] = []
-    for run in runs:
-        config = run.get("config") or {}
-        match = next((s for s in seen if s["system"] == run["system"] and s["config"] == config), None)
-        if match:
-            match["policies"].append(run["policy"])
-        else:
-            seen.append({"system": run["system"], "policies": [run["policy"]], "config": config})
-    return seen
-
-
-def _gap(gap: Mapping[str, Any], times: words.Times) -> dict[str, Any]:
-    t0, t1 = gap.get("t0_ns"), gap.get("t1_ns")
-    return {
-        **gap,
-        "from": times.at(t0),
-        "to": times.at(t1),
-        "long": times.span(t1 - t0) if t0 is not None and t1 is not None else "unknown",
-    }
-
-
-def _facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, str]]:
-    """What was recorded, as pairs of words and values; what the manifest does not say is said to be unknown."""
-    span = manifest.get("span") or {}
-    clock = manifest.get("clock") or {}
-    account = manifest.get("bytes") or {}
-    facts = []
-    t0, t1 = span.get("t0_ns"), span.get("t1_ns")
-    if t0 is not None and t1 is not None:
-        facts.append(("Span", f"{times.span(t1 - t0)}, from {times.at(t0)} to {times.at(t1)}"))
-    else:
-        facts.append(("Span", "unknown"))
-    cpus = manifest.get("cpus")
-    if cpus is not None:
-        facts.append(("CPUs", f"{len(cpus)}: {ranges(cpus)}" if cpus else "none seen"))
-    domains = (manifest.get("facts") or {}).get("domains", manifest.get("domains"))
-    if isinstance(domains, Mapping) and domains:
-        facts.append(("Domains", ", ".join(f"d{dom} with {words.plural(n, 'vCPU')}" for dom, n in domains.items())))
-    elif domains:
-        facts.append(("Domains", f"{len(domains)}: {ranges(domains)}"))
-    facts.append(("Clock", recorded.clock_words(clock)))
-    if account:
-        total = account.get("total", 0)
-        parsed, skipped = account.get("parsed", 0), account.get("skipped", 0)
-        text = f"{words.size(total)}: {words.number(parsed)} parsed, {words.number(skipped)} skipped"
-        text += ", none unaccounted" if parsed + skipped == total else f", {total - parsed - skipped} UNACCOUNTED"
-        facts.append(("Bytes", text))
-    counts = manifest.get("counts")
-    if counts:
-        facts.append(("Records", f"{words.number(sum(counts.values()))} of {words.plural(len(counts), 'kind')}"))
-    return facts
-
-
-#: Facts that stand elsewhere in the report: in a table, among the thresholds, as the reason of a blind rule.
-_ELSEWHERE: Final = frozenset({"domains", "hpet_channels", "blind", *(f"{name}_config" for name in SYSTEMS)})
-
-
-def _concluded(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the binding concluded from the records, as pairs of words and values."""
-    facts = (manifest.get("facts") or {}).items()
-    return [(str(key).replace("_", " "), _plain(value)) for key, value in facts if key not in _ELSEWHERE]
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _plain(value: object) -> str:
-    """A value of the manifest in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
-    return str(value) if isinstance(value, str) else words.number(value)
-
-
-def ranges(values: Sequence[Any]) -> str:
-    """Numbers as ranges: `0-3, 7`."""
-    if not all(isinstance(v, int) for v in values):
-        return ", ".join(map(str, values))
-    parts: list[list[int]] = []
-    for value in sorted(set(values)):
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
+def _summed(told: Sequence[Story], times: words.Times) -> list[dict[str, Any]]:
+    """Episodes that have no line of their own, by severity and code: none is left out of the sums."""
+    groups: dict[tuple[str, str, str], list[Story]] = {}
+    for story in told:
+        groups.setdefault((story.severity, story.first["code"], verdict.run_name(story.run)), []).append(story)
+    return [
+        {
+            "severity": severity, "code": code, "run": run, "episodes": len(some),
+            "findings": sum(len(s.findings) for s in some),
+            "first": times.at(min(s.first["t_ns"] for s in some)),
+            "last": times.at(max(s.findings[-1]["t_ns"] for s in some)),
+        }
+        for (severity, code, run), some in groups.items()
+    ]  # fmt: skip

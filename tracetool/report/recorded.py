@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
 
 from tracetool.report.words import Times, plural
 
-__all__ = ["clock_words", "input_name", "nearest_gap", "times_of", "title_of", "tool_of"]
+__all__ = ["Gaps", "clock_words", "input_name", "times_of", "title_of", "tool_of"]
 
 
 def times_of(manifest: Mapping[str, Any]) -> Times:
@@ -50,36 +52,38 @@ def clock_words(clock: Mapping[str, Any]) -> str:
     return f"{text}. {clock['doc']}" if clock.get("doc") else text
 
 
-def nearest_gap(t_ns: int, cpu: int | None, gaps: Sequence[Mapping[str, Any]], times: Times) -> str:
-    """The gap nearest to a moment in words: on its own CPU, or else on another."""
-    if not gaps:
-        return "none: the recording has no known gap"
-    own = _nearest(t_ns, [g for g in gaps if cpu is None or g.get("cpu") in (None, cpu)])
-    if own is not None:
-        return _distance(*own, times)
-    other = _nearest(t_ns, gaps)
-    if other is None:
-        return "unknown: the times of the gaps are not known"
-    return f"none on CPU {cpu}; elsewhere {_distance(*other, times)}"
+class Gaps:
+    """The gaps of a recording, to be asked again and again which of them is nearest."""
 
-
-def _nearest(t_ns: int, gaps: Iterable[Mapping[str, Any]]) -> tuple[int, Mapping[str, Any]] | None:
-    """(signed distance, gap): negative when the gap is earlier, 0 inside it."""
-    best: tuple[int, Mapping[str, Any]] | None = None
-    for gap in gaps:
-        t0, t1 = gap.get("t0_ns"), gap.get("t1_ns")
-        if t0 is None and t1 is None:
-            continue
+    def __init__(self, gaps: Sequence[Mapping[str, Any]]) -> None:
+        self.known = bool(gaps)
+        self.gaps = [g for g in gaps if g.get("t0_ns") is not None or g.get("t1_ns") is not None]
         # An end that is not known is open: the gap reaches that far.
-        if t0 is not None and t_ns < t0:
-            distance = t0 - t_ns
-        elif t1 is not None and t_ns > t1:
-            distance = t1 - t_ns
-        else:
-            distance = 0
-        if best is None or abs(distance) < abs(best[0]):
-            best = (distance, gap)
-    return best
+        self.t0 = np.array([_LONG_AGO if g.get("t0_ns") is None else g["t0_ns"] for g in self.gaps], np.int64)
+        self.t1 = np.array([_LATE if g.get("t1_ns") is None else g["t1_ns"] for g in self.gaps], np.int64)
+        self.cpu = np.array([_ALL if g.get("cpu") is None else g["cpu"] for g in self.gaps], np.int64)
+
+    def nearest(self, t_ns: int, cpu: int | None, times: Times) -> str:
+        """The gap nearest to a moment in words: on its own CPU, or else on another."""
+        if not self.known:
+            return "none: the recording has no known gap"
+        if not self.gaps:
+            return "unknown: the times of the gaps are not known"
+        # Signed distance: negative when the gap is earlier, 0 inside it.
+        away = np.where(t_ns < self.t0, self.t0 - t_ns, np.where(t_ns > self.t1, self.t1 - t_ns, 0))
+        far = np.abs(away)
+        own = np.flatnonzero((self.cpu == _ALL) | (self.cpu == cpu)) if cpu is not None else np.arange(len(far))
+        if len(own):
+            best = own[np.argmin(far[own])]
+            return _distance(int(away[best]), self.gaps[best], times)
+        best = np.argmin(far)
+        return f"none on CPU {cpu}; elsewhere {_distance(int(away[best]), self.gaps[best], times)}"
+
+
+#: Ends of gaps that are not known; far from any time, and differences with them do not overflow.
+_LONG_AGO: Final = -(1 << 61)
+_LATE: Final = 1 << 61
+_ALL: Final = -1
 
 
 def _distance(distance: int, gap: Mapping[str, Any], times: Times) -> str:

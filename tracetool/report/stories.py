@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from replay.declare import Code
-from tracetool.report.recorded import nearest_gap
+from tracetool.report.recorded import Gaps
 from tracetool.report.verdict import code_of, finding_id, primary, reliable
 from tracetool.report.words import Times, number, plural, where
 from tracetool.results import episode_key, fold
 
 __all__ = ["Other", "Step", "Story", "stories"]
 
-#: Episodes for which the other runs and the gaps are searched; the search costs time for each.
+#: Episodes for which steps, facts, the other runs and the nearest gap are put together; that costs time for each.
 COMPARED: Final = 500
 
 
@@ -148,17 +148,17 @@ def stories(
     groups = [(run, group) for run in chosen for group in fold(run["findings"])]
     groups.sort(key=lambda x: episode_key(x[1]))
     index: dict[int, list[int]] = {}
+    known = Gaps(gaps)
     result = []
     for number_, (run, group) in enumerate(groups, 1):
         first = group[0]
-        result.append(
-            Story(
-                number_, run, group, code_of(run, first["code"]), _title(run, group), _steps(group),
-                _others(run, group, runs, times, index) if number_ <= COMPARED else [],
-                nearest_gap(first["t_ns"], first.get("cpu"), gaps, times) if number_ <= COMPARED else "",
-                _facts(run, group, times),
-            )
-        )  # fmt: skip
+        story = Story(number_, run, group, code_of(run, first["code"]), _title(run, group), [], [], "")
+        if number_ <= COMPARED:
+            story.steps = _steps(group)
+            story.others = _others(run, group, runs, times, index)
+            story.gap = known.nearest(first["t_ns"], first.get("cpu"), times)
+            story.facts = _facts(run, group, times)
+        result.append(story)
     return result
 
 

@@ -213,7 +213,9 @@ def _before(events: Events, low: int, gaps: Sequence[Mapping[str, Any]]) -> list
         .sort("seq")
     )
     rows = last.drop("lane", "span").to_dicts()
-    return [r for r in rows if not _gap_between(gaps, r["cpu"], r["t_ns"], low)]
+    oldest = min((r["t_ns"] for r in rows), default=low)
+    near = [g for g in gaps if _gap_between([g], None, oldest, low)]
+    return [r for r in rows if not _gap_between(near, r["cpu"], r["t_ns"], low)]
 
 
 _SPAN_NAME: Final = {kind: span.name for kind, span in [*_BEGIN.items(), *_END.items()]}

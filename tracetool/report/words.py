@@ -30,7 +30,7 @@ def clean(text: object, limit: int = 4000) -> str:
     raw = str(text)
     if len(raw) > limit:
         raw = raw[:limit] + "…"
-    if raw.isascii() and raw.isprintable():
+    if raw.isprintable():  # all that is hidden is not; some spaces neither
         return raw
     return "".join(_visible(c) if unicodedata.category(c) in _HIDDEN else c for c in raw)
 
