@@ -3,8 +3,11 @@
     python -m bench.machines [--events N] [--repeat N]     interpreted, and the same sources compiled by mypyc
     python -m bench.machines --no-compiled                 interpreted only
 
-CPU time, best of `--repeat` (5): a busy machine only ever adds. Building takes a minute and happens in a temporary
-folder; it needs mypy and a C compiler.
+Beside every machine the same events go through two smaller loops: one that does nothing with a row, and
+`bench.prototype`, which keeps the state and nothing else. They say what the interpreter takes on this computer.
+
+CPU time, best of `--repeat` (5), a round of everything at a time: a busy machine only ever adds. Building takes a
+minute or two and happens in a temporary folder; it needs mypy and a C compiler.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import numpy as np
 import pyarrow as pa
 
 import replay.machine
+from bench import prototype
 from replay.compiled import MODULES
 from replay.declare import Config
-from replay.events import KIND_ID, KINDS, Batch
+from replay.events import KIND_ID, KINDS, Batch, rows
 from replay.scenario import load_scenario, run_scenario
 from replay.sink import Sink
 from replay.systems import SYSTEMS
@@ -131,29 +135,42 @@ def event_channel_mix(events: int, seed: int = 1) -> pa.Table:
     return filled.set_column(filled.schema.get_field_index("tgt"), "tgt", pa.array(bound, pa.int32()))
 
 
-#: Name, system, policy, mix.
-MIXES: Final[tuple[tuple[str, str, str, Callable[[int], pa.Table]], ...]] = (
-    ("LAPIC", "apic", "any", lapic_mix),
-    ("event channels, two-level", "evtchn", "modern", event_channel_mix),
-)
+#: Name, system, policy, mix, prototype and its columns.
+MIXES: Final[tuple[tuple[str, str, str, Callable[[int], pa.Table], Callable[[Any], int], tuple[str, ...]], ...]] = (
+    ("LAPIC", "apic", "any", lapic_mix, prototype.lapics, prototype.LAPIC_COLUMNS),
+    (
+        "event channels, two-level", "evtchn", "modern", event_channel_mix, prototype.channels,
+        prototype.CHANNEL_COLUMNS,
+    ),
+)  # fmt: skip
+
+
+def once(system: str, policy: str, events: pa.Table) -> tuple[float, int]:
+    """CPU seconds of the machine, and the number of findings."""
+    declared = SYSTEMS[system]
+    sink = Sink(closed=False)
+    machine = declared.make(declared.policies[policy](), Config(declared.parameters), sink, "")
+    machine.observed = frozenset(events["kind"].unique().to_pylist())
+    end: int = events["t_ns"][-1].as_py()
+    begin = time.process_time()
+    for start in range(0, events.num_rows, ROW_GROUP):
+        machine.feed(Batch.of(events.slice(start, ROW_GROUP), machine.columns))
+    machine.finish(end)
+    return time.process_time() - begin, len(sink.findings)
+
+
+def small(loop: Callable[[Any], int], columns: Sequence[str], events: pa.Table) -> float:
+    """CPU seconds of one of the smaller loops."""
+    begin = time.process_time()
+    for start in range(0, events.num_rows, ROW_GROUP):
+        loop(rows(events.slice(start, ROW_GROUP), columns))
+    return time.process_time() - begin
 
 
 def rate(system: str, policy: str, events: pa.Table, repeat: int) -> tuple[float, int]:
     """Events per second of CPU time, and the number of findings."""
-    declared = SYSTEMS[system]
-    best = float("inf")
-    found = 0
-    for _ in range(repeat):
-        sink = Sink(closed=False)
-        machine = declared.make(declared.policies[policy](), Config(declared.parameters), sink, "")
-        machine.observed = frozenset(events["kind"].unique().to_pylist())
-        begin = time.process_time()
-        for start in range(0, events.num_rows, ROW_GROUP):
-            machine.feed(Batch.of(events.slice(start, ROW_GROUP), machine.columns))
-        machine.finish(events["t_ns"][-1].as_py())
-        best = min(best, time.process_time() - begin)
-        found = len(sink.findings)
-    return events.num_rows / best, found
+    runs = [once(system, policy, events) for _ in range(repeat)]
+    return events.num_rows / min(seconds for seconds, _ in runs), runs[0][1]
 
 
 def outcomes(folder: Path) -> list[Any]:
@@ -178,22 +195,33 @@ def scenarios() -> Path:
 
 
 def measure(events: int, repeat: int) -> dict[str, Any]:
-    """Rates of all mixes with whatever modules are imported, and what the scenarios give."""
+    """Events per second of all mixes (feed only, prototype, machine) with whatever modules are imported, and what the
+    scenarios give."""
     result: dict[str, Any] = {"compiled": not str(replay.machine.__file__).endswith(".py")}
-    for name, system, policy, mix in MIXES:
-        result[name] = rate(system, policy, mix(events), repeat)
+    for name, system, policy, mix, loop, columns in MIXES:
+        load = mix(events)
+        rounds = [
+            (
+                small(prototype.feed_only, columns, load),
+                small(loop, columns, load),
+                once(system, policy, load)[0],
+            )
+            for _ in range(repeat)
+        ]
+        result[name] = [events / min(times) for times in zip(*rounds, strict=True)]
     result["scenarios"] = outcomes(scenarios())
     return result
 
 
-def build(folder: Path, modules: Iterable[str] = MODULES) -> None:
+def build(folder: Path, modules: Iterable[str] = (*MODULES, "bench/prototype.py")) -> None:
     """Copy the packages to `folder` and compile `modules` there. RuntimeError with mypyc's words when that fails."""
     for package in ("parsers", "replay", "bench"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     program = Path(sys.executable).with_name("mypyc")
     done = subprocess.run(
         [str(program), "--ignore-missing-imports", *modules],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "MYPYC_OPT_LEVEL": "3"},
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "MYPYC_OPT_LEVEL": "1", "MYPYC_MULTI_FILE": "1", "MYPYC_DEBUG_LEVEL": "0"},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"mypyc: {done.stdout[-4000:]}{done.stderr[-2000:]}")
@@ -220,14 +248,16 @@ print(json.dumps(machines.measure(int(sys.argv[3]), int(sys.argv[4]))))
 
 def report(interpreted: Mapping[str, Any], compiled: Mapping[str, Any] | None) -> None:
     """A Markdown table."""
-    print("| mix | interpreted, M events/s | compiled, M events/s | ratio |\n|---|---|---|---|")
+    print("M events/s:\n")
+    print("| mix | loop | interpreted | compiled | ratio |\n|---|---|---|---|---|")
     for name, *_ in MIXES:
-        plain = interpreted[name][0] / 1e6
-        if compiled is None:
-            print(f"| {name} | {plain:.2f} | | |")
-        else:
-            fast = compiled[name][0] / 1e6
-            print(f"| {name} | {plain:.2f} | {fast:.2f} | {fast / plain:.1f} |")
+        for index, loop in enumerate(("feed only", "prototype", "machine")):
+            plain = interpreted[name][index] / 1e6
+            if compiled is None:
+                print(f"| {name} | {loop} | {plain:.2f} | | |")
+            else:
+                fast = compiled[name][index] / 1e6
+                print(f"| {name} | {loop} | {plain:.2f} | {fast:.2f} | {fast / plain:.1f} |")
     if compiled is not None:
         same = interpreted["scenarios"] == compiled["scenarios"]
         runs = len(interpreted["scenarios"])

@@ -10,6 +10,7 @@ from bench import big, machines, parse
 from parsers.open import open_recording
 from parsers.recording import ReadOptions
 from parsers.xentrace.reader import XentraceReader
+from replay.events import rows
 from tests.shared import SAMPLES
 
 SAMPLE = SAMPLES / "xen-2l-dom0-idle.xentrace"
@@ -56,8 +57,15 @@ def test_parse_counts_every_record() -> None:
     assert parse.parse(str(SAMPLE)) > 1000
 
 
-@pytest.mark.parametrize(("system", "policy", "mix"), [(s, p, m) for _, s, p, m in machines.MIXES])
+@pytest.mark.parametrize(("system", "policy", "mix"), [(s, p, m) for _, s, p, m, *_ in machines.MIXES])
 def test_healthy_mixes_give_no_findings(system: str, policy: str, mix: object) -> None:
     """The loads measure the common case: nothing in them may be a divergence."""
     rate, findings = machines.rate(system, policy, mix(5_000), 1)  # type: ignore[operator]
     assert rate > 0 and findings == 0
+
+
+@pytest.mark.parametrize(("mix", "loop", "columns"), [m[3:] for m in machines.MIXES])
+def test_the_prototypes_agree_that_the_mixes_are_healthy(mix: object, loop: object, columns: tuple[str, ...]) -> None:
+    """They are what machines are measured against, so they have to keep the state too."""
+    assert loop(rows(mix(5_000), columns)) == 0  # type: ignore[operator]
+    assert loop(reversed(list(rows(mix(5_000), columns)))) > 0  # type: ignore[operator]
