@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,15 +118,21 @@ class _TableWriter:
         self.schema = schema
         sizes = [kind.bit_width / 8 if _is_fixed(kind) else None for kind in leaves.values()]
         self.row_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
-        self.writer = pq.ParquetWriter(
-            path,
-            schema,
-            compression="lz4",
-            use_dictionary=[name for name, kind in leaves.items() if _is_text(kind)],
-            column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind in wide},
-            write_statistics=[name for name in leaves if name in SOUGHT_COLUMNS] or False,
-            write_batch_size=FULL_ROWS,
-        )
+        self.path = path
+        self.file: pq.ParquetWriter | None = None  # opened late: there may be more tables than files may be open
+        self.options: dict[str, Any] = {
+            "compression": "lz4",
+            "use_dictionary": [name for name, kind in leaves.items() if _is_text(kind)],
+            "column_encoding": {name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind in wide},
+            "write_statistics": [name for name in leaves if name in SOUGHT_COLUMNS] or False,
+            "write_batch_size": FULL_ROWS,
+        }
+
+    def opened(self) -> pq.ParquetWriter:
+        """The file's writer."""
+        if self.file is None:
+            self.file = pq.ParquetWriter(self.path, self.schema, **self.options)
+        return self.file
 
     def append(self, table: pa.Table) -> int:
         """Keep rows for the next row group; returns their size in bytes."""
@@ -138,7 +145,7 @@ class _TableWriter:
         if self.pending_rows:
             parts = self.waiting + self.fresh
             whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).unify_dictionaries()
-            self.writer.write_table(whole, row_group_size=ROW_GROUP)
+            self.opened().write_table(whole, row_group_size=ROW_GROUP)
             self.rows += self.pending_rows
         self.fresh, self.waiting, self.pending_rows = [], [], 0
 
@@ -157,7 +164,7 @@ class _TableWriter:
 
     def close(self) -> None:
         self.flush()
-        self.writer.close()
+        self.opened().close()
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -192,14 +199,16 @@ class DatasetWriter:
             _sweep(self.target)
             shutil.rmtree(self.staging, ignore_errors=True)
             (self.staging / "records").mkdir(parents=True)
+            _allow_many_files()
         except OSError as error:
             raise StoreError(f"{self.target}: cannot write there: {error.strerror or error}", 5) from None
         return self
 
     def __exit__(self, *_: object) -> None:
         for writer in self.writers.values():
-            with suppress(Exception):
-                writer.writer.close()
+            if writer.file is not None:
+                with suppress(Exception):
+                    writer.file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
 
     # -- records -----------------------------------------------------------------------------------------------
@@ -306,6 +315,14 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, held)
+
+
+def _allow_many_files() -> None:
+    """As many open files as this process may have: one for each table that is being written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _sweep(target: Path) -> None:

@@ -163,14 +163,13 @@ class Builder:
         tables: dict[str, pa.Table] = {}
         as_text: list[pa.Table] = []
         edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
-        if len(edges) > MAX_TABLES // 2:
-            own = np.array([self._admits(rests.names[number]) for number in code[order[edges[:-1]]].tolist()])
-            others = np.flatnonzero(np.repeat(~own, np.diff(edges)))
-            if others.size:
-                as_text.append(self._others(rests, common, code, order, others))
-                mine = np.flatnonzero(np.repeat(own, np.diff(edges)))
-                order, place, common = order[mine], place[mine], _taken(common, mine)
-                edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist()
+        own = np.array([self._admits(rests.names[number]) for number in code[order[edges[:-1]]].tolist()])
+        if not own.all():
+            of_each = np.repeat(own, np.diff(edges))
+            as_text.append(self._others(rests, common, code, order, np.flatnonzero(~of_each)))
+            mine = np.flatnonzero(of_each)
+            order, place, common = order[mine], place[mine], _taken(common, mine)
+            edges = np.flatnonzero(np.diff(code[order], prepend=-1, append=-1)).tolist() if mine.size else []
         for begin, end in pairwise(edges):
             number = int(code[order[begin]])
             name = rests.names[number]
