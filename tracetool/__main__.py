@@ -11,9 +11,13 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """Run the command line (`tracetool …`)."""
-    from tracetool.cli import run
+    try:
+        from tracetool.cli import run
 
-    sys.exit(run(sys.argv[1:], debug=bool(os.environ.get("TRACETOOL_DEBUG"))))
+        code = run(sys.argv[1:], debug=bool(os.environ.get("TRACETOOL_DEBUG")))
+    except KeyboardInterrupt:  # before anything was begun, or after all was done
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

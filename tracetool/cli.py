@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "run"]
 
+#: Exit code after ctrl-C, as shells have it.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="tracetool",
     help="Find the lost interrupt in a Xen, KVM or Linux recording by replaying it through reference models.",
@@ -133,7 +136,9 @@ def _request(target: str, reading: Given, thresholds: Given, replaying: Given | 
 
 def _version(value: bool) -> None:
     if value:
-        print(f"tracetool {__version__}")
+        from replay.compiled import is_compiled
+
+        print(f"tracetool {__version__} (machines: {'compiled' if is_compiled() else 'interpreted'})")
         raise typer.Exit
 
 
@@ -408,8 +413,7 @@ def run(arguments: Sequence[str], *, debug: bool = False) -> int:
     try:
         result = app(list(arguments), standalone_mode=False)
     except KeyboardInterrupt:
-        terminal.error("interrupted; nothing half-written was left")
-        return 130
+        result = INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return exits.CLEAN
@@ -426,4 +430,6 @@ def run(arguments: Sequence[str], *, debug: bool = False) -> int:
         text, status = exits.describe(error)
         terminal.error(text)
         return status
+    if result == INTERRUPTED:  # typer catches the exception itself and gives this code
+        terminal.error("interrupted; nothing half-written was left")
     return result if isinstance(result, int) else exits.CLEAN

@@ -109,9 +109,12 @@ def report(request: Request, output: Path | None, bundle: Path | None, *, json: 
     command = request.options.command
     sizes = {}
     if output is not None:
-        sizes[output] = write_report(dataset, runs, output, command=command)
+        with terminal.progress_bar() as bar:
+            sizes[output] = write_report(dataset, runs, output, command=command, progress=bar)
     if bundle is not None:
-        sizes[bundle] = write_bundle(dataset, runs, bundle, command=command, near=_near(request.target, dataset))
+        near = _near(request.target, dataset)
+        with terminal.progress_bar() as bar:
+            sizes[bundle] = write_bundle(dataset, runs, bundle, command=command, near=near, progress=bar)
     if json:
         written = {"bundle": str(bundle)} if bundle is not None else {}
         first, size = next(iter(sizes.items()))

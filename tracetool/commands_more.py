@@ -134,7 +134,9 @@ def export(request: Request, output: Path, *, start: float | None, end: float | 
 
     require()  # before minutes of work
     dataset = open_dataset(request.target, request.options)
-    done = write_trace(dataset, replayed(dataset, request.settings()), output, start_s=start, end_s=end)
+    runs = replayed(dataset, request.settings())
+    with terminal.progress_bar() as bar:
+        done = write_trace(dataset, runs, output, start_s=start, end_s=end, progress=bar)
     if json:
         print(jsonlib.dumps({"schema": 1, "output": str(output), **done}))
     else:
@@ -156,7 +158,8 @@ def shrink(request: Request, finding: str, output: Path, *, seconds: float, forc
     dataset = open_dataset(request.target, request.options)
     values = request.values()
     chosen = story.find(dataset, finding, values)
-    case = shrink_finding(dataset, chosen, output.name, values, seconds=seconds)
+    with terminal.progress_bar() as bar:
+        case = shrink_finding(dataset, chosen, output.name, values, seconds=seconds, progress=bar)
     scenario, test = write_case(case, output, force=force)
     if json:
         print(jsonlib.dumps({"schema": 1, "scenario": str(scenario), "test": str(test), **case.numbers()}))

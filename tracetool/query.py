@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from replay.declare import UsageError
+from tracetool.output import whole_files
 from tracetool.report.verdict import finding_id
-from tracetool.store import Dataset, StoreError
+from tracetool.store import Dataset
 from tracetool.terminal import clean
 
 __all__ = [
@@ -313,8 +313,7 @@ def write_frame(frame: pl.DataFrame, output: Path, format: str | None) -> int:
     chosen = format or FORMATS.get(output.suffix.lower())
     if chosen not in set(FORMATS.values()):
         raise UsageError(f"{output}: name it .csv, .json, .parquet or .arrow, or give --format")
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
+    with whole_files(output) as (staging,):
         if chosen == "csv":
             _flat(frame).write_csv(staging)
         elif chosen == "json":
@@ -323,10 +322,4 @@ def write_frame(frame: pl.DataFrame, output: Path, format: str | None) -> int:
             frame.write_parquet(staging)
         else:
             frame.write_ipc(staging)
-        staging.rename(output)
-    except OSError as error:
-        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
-    finally:
-        with suppress(OSError):
-            staging.unlink()
     return output.stat().st_size

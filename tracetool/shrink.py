@@ -9,11 +9,9 @@ that it cannot turn into another finding of the same code.
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,8 +26,9 @@ from replay.generic import CODES as GENERIC_CODES
 from replay.scenario import parse_scenario, run_scenario
 from replay.sink import Finding
 from replay.systems import SYSTEMS
+from tracetool.output import whole_files
 from tracetool.replaying import observations
-from tracetool.store import Dataset, StoreError
+from tracetool.store import Dataset
 from tracetool.story import Chosen
 from tracetool.terminal import clean
 
@@ -74,12 +73,13 @@ class Case:
         return f"{self.finding}: {self.kept} of {self.events} events after {self.tests} replays; {how}"
 
 
-def ddmin(items: Sequence[int], holds: Callable[[Sequence[int]], bool], go_on: Callable[[], bool]) -> tuple[
+def ddmin(items: Sequence[int], holds: Callable[[Sequence[int]], bool], go_on: Callable[[int], bool]) -> tuple[
     list[int], bool
 ]:  # fmt: skip
     """A part of `items` for which `holds`, from which no single item can be left out; in order.
 
-    Second value: whether that was reached before `go_on` said no. `holds(items)` must be true.
+    `go_on` is told how many are left. Second value: whether that was reached before it said no. `holds(items)` must be
+    true.
     """
     current = list(items)
     parts = 2
@@ -90,7 +90,7 @@ def ddmin(items: Sequence[int], holds: Callable[[Sequence[int]], bool], go_on: C
         chunks = [current[i : i + size] for i in range(0, len(current), size)]
         smaller = None
         for index in range(len(chunks)):
-            if not go_on():
+            if not go_on(len(current)):
                 return current, False
             rest = [x for j, chunk in enumerate(chunks) if j != index for x in chunk]
             if holds(rest):
@@ -189,8 +189,11 @@ def shrink_finding(
     values: Mapping[str, Mapping[str, Any]],
     *,
     seconds: float = 30.0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Case:
     """Shrink the first finding of an episode; the result is the same every time unless `seconds` run out.
+
+    `progress` is called with what is done, how many events are out, and of how many that might be.
 
     UsageError when the finding cannot be shown by a part of the recording: it then rests on the whole of it.
     """
@@ -214,7 +217,12 @@ def shrink_finding(
     def holds(part: Sequence[int]) -> bool:
         return replays.holds(sorted([*fixed, *part]))
 
-    kept, minimal = ddmin(free, holds, lambda: time.monotonic() < deadline)
+    def go_on(left: int) -> bool:
+        if progress:
+            progress("shrinking", len(free) - left, len(free))
+        return time.monotonic() < deadline
+
+    kept, minimal = ddmin(free, holds, go_on)
     final = sorted([*fixed, *kept])
     final = _without_strangers(replays, final, first)
     scenario = _scenario(dataset, chosen, name, replays, final, settings)
@@ -380,16 +388,7 @@ def write_case(case: Case, output: Path, *, force: bool = False) -> tuple[Path, 
         file=ascii(scenario.name), policy=ascii(policy), signature=ascii(signature),
     )  # fmt: skip
     contents = {scenario: json.dumps(case.scenario, indent=1) + "\n", test: text}
-    staged = {path: path.with_name(f".{path.name}.partial-{os.getpid()}") for path in contents}
-    try:
-        for path, content in contents.items():
-            staged[path].write_text(content, encoding="utf-8")
-        for path, temporary in staged.items():
-            temporary.rename(path)
-    except OSError as error:
-        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
-    finally:
-        for temporary in staged.values():
-            with suppress(OSError):
-                temporary.unlink()
+    with whole_files(*contents) as staged:
+        for temporary, content in zip(staged, contents.values(), strict=True):
+            temporary.write_text(content, encoding="utf-8")
     return scenario, test

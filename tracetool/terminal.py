@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["clean", "error", "note", "progress_bar", "show"]
 
 #: A bar appears only when the work has taken this long (seconds).
-PATIENCE: Final = 0.6
+PATIENCE: Final = 1.0
 
 
 def clean(text: str) -> str:
@@ -39,6 +39,14 @@ def show(text: Text) -> None:
     Console(highlight=False, emoji=False).print(text, soft_wrap=True)
 
 
+def _rate(speed: float, unit: str) -> str:
+    """`12.3 MB/s`, `4.5 k/s`, `0.7/s`."""
+    for prefix, scale in (("M", 1e6), ("k", 1e3)):
+        if speed >= scale:
+            return f"{speed / scale:.1f} {prefix}{unit}/s"
+    return f"{speed:.1f}{' ' + unit if unit else ''}/s"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A callable (what, done, total) that draws a bar with rate and time left; None when stderr is no terminal."""
@@ -50,11 +58,10 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     from rich.text import Text as Words
 
     class Rate(ProgressColumn):
-        """Bytes a second while reading, records or events a second otherwise."""
+        """Bytes a second while reading; events, stories, recordings a second otherwise."""
 
         def render(self, task: Task) -> Words:
-            speed = task.finished_speed or task.speed or 0.0
-            return Words(f"{speed / 1e6:.1f} M{'B' if task.description == 'reading' else ''}/s")
+            return Words(_rate(task.finished_speed or task.speed or 0.0, "B" if task.description == "reading" else ""))
 
     started = time.monotonic()
     bar = Progress(

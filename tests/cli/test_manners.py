@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,17 @@ import polars as pl
 import pytest
 import typer.main
 
-from tests.cli.small import sample_dataset
+from replay.declare import UsageError
+from tests.cli.small import SAMPLE, sample_dataset
 from tests.cli.test_commands import tracetool
-from tracetool import shrink
-from tracetool.cli import app
+from tracetool import shrink, terminal
+from tracetool.cli import app, run
 from tracetool.export import perfetto
 from tracetool.query import write_frame
+from tracetool.replaying import Settings, replay_dataset
+from tracetool.report import bundle
+from tracetool.report.bundle import write_bundle
+from tracetool.report.write import write_report, write_whole
 from tracetool.story import find
 
 COMMANDS = sorted(getattr(typer.main.get_command(app), "commands"))  # noqa: B009 - typed as a single command
@@ -56,6 +66,46 @@ def test_the_first_lines_fit_a_terminal() -> None:
     assert "\x1b" not in done.stdout
 
 
+def test_progress_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal only, on stderr, and only when it takes longer than a moment."""
+    with terminal.progress_bar() as nobody:
+        assert nobody is None
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(terminal.sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    for patience, shown in ((60.0, False), (0.0, True)):
+        monkeypatch.setattr(terminal, "PATIENCE", patience)
+        with terminal.progress_bar() as bar:
+            assert bar is not None
+            for done in range(5):
+                bar("stories", done, 8)
+                time.sleep(0.02)
+        assert ("stories" in screen.getvalue()) == shown
+    assert re.search(r"50 % \d.*/s .*\d:\d\d:\d\d", screen.getvalue())
+
+
+def test_what_takes_long_tells_how_far_it_is(tmp_path: Path) -> None:
+    dataset = sample_dataset(tmp_path / "d")
+    runs = replay_dataset(dataset, Settings(systems=("hpet",)))
+    runs[0]["findings"] = runs[0]["findings"][:2]  # quick
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.setdefault(what, []).append((done, total))
+
+    write_report(dataset, runs, tmp_path / "r.html", progress=progress)
+    write_bundle(dataset, runs, tmp_path / "r.zip", progress=progress)
+    shrink.shrink_finding(dataset, find(dataset, "hpet-wrong-cpu"), "out", {}, progress=progress)
+    with suppress(UsageError):  # needs the extra: tracetool[perfetto]
+        perfetto.export(dataset, runs, tmp_path / "out.pftrace", progress=progress)
+        assert told["writing"][0] == (0, dataset.manifest["events"])
+    assert {"stories", "records", "shrinking"} <= set(told)
+    assert all(0 <= done <= total for steps in told.values() for done, total in steps)
+    assert told["stories"][-1][0] == told["stories"][-1][1]
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
@@ -78,10 +128,55 @@ def _shrink(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink.write_case(case, folder / "out")
 
 
-@pytest.mark.parametrize("work", [_export, _query, _shrink])
+def _report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", interrupt)
+    write_whole(folder / "out.html", "x")
+
+
+def _bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = sample_dataset(folder / "d")
+    monkeypatch.setattr(bundle, "_manifest", interrupt)
+    write_bundle(dataset, [], folder / "out.zip")
+
+
+@pytest.mark.parametrize("work", [_bundle, _export, _query, _report, _shrink])
 def test_ctrl_c_leaves_nothing(
     work: Callable[[Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         work(tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir() if p.name != "d"] == []
+
+
+def test_ctrl_c_is_one_line_and_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sample_dataset(tmp_path / "d")
+    target = str(tmp_path / "d")
+    monkeypatch.setattr(Path, "rename", interrupt)
+    commands = [
+        ["report", target, "-o", str(tmp_path / "r.html")], ["report", target, "--bundle", str(tmp_path / "r.zip")],
+        ["shrink", target, "hpet-wrong-cpu", "-o", str(tmp_path / "s")],
+    ]  # fmt: skip
+    for command in commands:
+        assert run(command) == 130
+        said = capfd.readouterr()
+        assert said.out == "" and said.err.splitlines() == ["tracetool: interrupted; nothing half-written was left"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.02, 0.2, 0.5, 1.0, 1.5, 2.0])
+def test_a_real_ctrl_c(after: float, tmp_path: Path) -> None:
+    """Whenever it comes: before anything is imported, while the recording is read, while the report is written."""
+    command = [sys.executable, "-m", "tracetool", "report", str(SAMPLE), "-o", "out.html", "--bundle", "out.zip"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(after)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode in (0, 130, -signal.SIGINT)  # in time, or too early for Python to have a handler
+    assert b"Traceback" not in err or child.returncode == -signal.SIGINT
+    assert len(err.splitlines()) <= 1 or child.returncode == -signal.SIGINT
+    left = {p.name for p in tmp_path.rglob("*") if p.name.startswith(".")}
+    assert left == set()

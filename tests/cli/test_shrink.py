@@ -52,7 +52,7 @@ def shows(scenario: dict[str, Any], case: Case) -> bool:
 @given(st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
 def test_ddmin_finds_exactly_what_is_needed(items: set[int], needed: set[int]) -> None:
     needed &= items
-    kept, done = ddmin(sorted(items), lambda part: needed <= set(part), lambda: True)
+    kept, done = ddmin(sorted(items), lambda part: needed <= set(part), lambda _: True)
     assert (kept, done) == (sorted(needed), True)
 
 
@@ -64,7 +64,7 @@ def test_ddmin_leaves_nothing_that_could_go(count: int, random: Any) -> None:
     def holds(part: Sequence[int]) -> bool:
         return verdicts.setdefault(tuple(part), random.random() < 0.3)
 
-    kept, done = ddmin(list(range(count)), holds, lambda: True)
+    kept, done = ddmin(list(range(count)), holds, lambda _: True)
     assert done
     assert holds(kept)
     for item in kept if len(kept) > 1 else []:
@@ -73,7 +73,7 @@ def test_ddmin_leaves_nothing_that_could_go(count: int, random: Any) -> None:
 
 def test_ddmin_stops_when_told_and_keeps_what_holds() -> None:
     left = iter([True] * 3)
-    kept, done = ddmin(list(range(100)), lambda part: {3, 97} <= set(part), lambda: next(left, False))
+    kept, done = ddmin(list(range(100)), lambda part: {3, 97} <= set(part), lambda _: next(left, False))
     assert not done
     assert {3, 97} <= set(kept)
 

@@ -6,9 +6,7 @@ Times are those of the dataset; a dataset in ticks is shown as if a tick were a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +16,10 @@ import polars as pl
 
 from replay.declare import UsageError
 from replay.events import KIND_ID
+from tracetool.output import whole_files
 from tracetool.report.verdict import finding_id
 from tracetool.report.words import noun
-from tracetool.store import Dataset, StoreError
+from tracetool.store import Dataset
 from tracetool.terminal import clean
 
 __all__ = ["SPANS", "Span", "export", "require"]
@@ -309,10 +308,12 @@ def export(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
     """Write a Perfetto trace; returns bytes, tracks, slices, findings and gaps_without_time.
 
     `start_s` and `end_s` (seconds from the first record) cut a window out. The file appears whole or not at all.
+    `progress` is called with what is done, and how many of how many events.
     """
     span = dataset.manifest["span"]
     t0, t1 = int(span["t0_ns"]), int(span["t1_ns"])
@@ -320,22 +321,15 @@ def export(
     high = max(t1, *(f["t_ns"] for r in runs for f in r["findings"]), t0) if end_s is None else t0 + round(end_s * 1e9)
     if high < low:
         raise UsageError(f"nothing lies between {start_s or 0} s and {end_s} s: --from must come before --to")
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        with staging.open("wb") as file:
-            out = _Writer(file, low, high)
-            done = _fill(dataset, runs, out, t0, t1)
-        staging.rename(output)
-    except OSError as error:
-        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
-    finally:
-        with suppress(OSError):
-            staging.unlink()
+    with whole_files(output) as (staging,), staging.open("wb") as file:
+        out = _Writer(file, low, high)
+        done = _fill(dataset, runs, out, t0, t1, progress)
     return {"bytes": output.stat().st_size, "tracks": len(out.tracks), "slices": out.slices, **done}
 
 
 def _fill(
-    dataset: Dataset, runs: Sequence[Mapping[str, Any]], out: _Writer, t0: int, t1: int
+    dataset: Dataset, runs: Sequence[Mapping[str, Any]], out: _Writer, t0: int, t1: int,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, int]:
     source = dataset.manifest["inputs"][0]
     unit = dataset.manifest["clock"]["unit"]
@@ -345,8 +339,11 @@ def _fill(
     wanted = {e["seq"] for r in runs for f in r["findings"] for e in f["evidence"] if e.get("seq") is not None}
     placed: dict[int, Path_] = {}
     slices = _Slices(out)
-    for row in _rows(dataset):
+    total = int(dataset.manifest["events"])
+    for done, row in enumerate(_rows(dataset)):
         kind = row["kind"]
+        if progress and not done % 4096:
+            progress("writing", done, total)
         if kind == "trace.lost":
             slices.cut(row["t_ns"] if row["val"] is None else row["val"], row["cpu"], "records lost")
             continue

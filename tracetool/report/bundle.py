@@ -14,10 +14,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shlex
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -27,6 +26,7 @@ import polars as pl
 from parsers.open import open_recording
 from parsers.recording import RecordingError
 from tracetool import __version__
+from tracetool.output import whole_files
 from tracetool.query import csv_text
 from tracetool.report import html, markdown, recorded, stories, text, verdict
 from tracetool.report.around import Events
@@ -36,7 +36,7 @@ from tracetool.report.tables import tables
 from tracetool.report.window import STORIES, Records, records_of, view_of
 from tracetool.report.words import clean
 from tracetool.report.write import check_suffix, findings_json
-from tracetool.store import Dataset, StoreError, file_name
+from tracetool.store import Dataset, file_name
 
 __all__ = ["write_bundle"]
 
@@ -53,6 +53,7 @@ def write_bundle(
     *,
     command: str = "",
     near: Sequence[Path] = (),
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
     """Write the bundle to `output`, whole or not at all; returns its size in bytes.
 
@@ -60,21 +61,16 @@ def write_bundle(
     UsageError unless `output` ends in .zip.
     """
     check_suffix(output, bundle=True)
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        with zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            listed = []
-            for name, what, data in _files(dataset, runs, command, near):
-                _put(archive, name, data)
-                digest = hashlib.sha256(data).hexdigest()
-                listed.append({"name": name, "what": what, "bytes": len(data), "sha256": digest})
-            _put(archive, "manifest.json", _manifest(dataset, runs, listed))
-        staging.rename(output)
-    except OSError as error:
-        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
-    finally:
-        with suppress(OSError):
-            staging.unlink()
+    with (
+        whole_files(output) as (staging,),
+        zipfile.ZipFile(staging, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
+    ):
+        listed = []
+        for name, what, data in _files(dataset, runs, command, near, progress):
+            _put(archive, name, data)
+            digest = hashlib.sha256(data).hexdigest()
+            listed.append({"name": name, "what": what, "bytes": len(data), "sha256": digest})
+        _put(archive, "manifest.json", _manifest(dataset, runs, listed))
     return output.stat().st_size
 
 
@@ -87,13 +83,14 @@ def _put(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 def _files(
-    dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str, near: Sequence[Path]
+    dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str, near: Sequence[Path],
+    progress: Callable[[str, int, int], None] | None,
 ) -> Iterator[tuple[str, Any, bytes]]:
     """(name, what it is, content) of every file but the manifest."""
     manifest, gaps = dataset.manifest, dataset.gaps()
     times = recorded.times_of(manifest)
     beside = tables(dataset, runs, times)
-    yield "report.html", "report", _bytes(html.render(dataset, runs, command=command, beside=beside))
+    yield "report.html", "report", _bytes(html.render(dataset, runs, command=command, beside=beside, progress=progress))
     yield "report.txt", "report", _bytes(text.render(runs, manifest, gaps=gaps, beside=beside))
     yield "report.md", "report", _bytes(markdown.render(runs, manifest, gaps=gaps, beside=beside))
     yield "findings.json", "findings", _bytes(findings_json(dataset, runs, beside))
@@ -111,6 +108,8 @@ def _files(
                     continue
                 left -= len(data)
                 yield name, what, data
+            if progress:
+                progress("records", number, len(told))
 
 
 def _bytes(document: str) -> bytes:

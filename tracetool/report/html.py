@@ -43,6 +43,7 @@ def render(
     *,
     command: str = "",
     beside: Sequence[Table] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> str:
     """The report of a dataset and the runs over it, as one HTML document.
 
@@ -59,7 +60,7 @@ def render(
     )  # fmt: skip
     text = ""
     for limits in LADDER:
-        text = _document(whole, limits)
+        text = _document(whole, limits, progress)
         if len(text.encode("utf-8", "backslashreplace")) <= MAX_BYTES:
             break
     return text
@@ -81,7 +82,7 @@ class _Whole:
     times: words.Times
 
 
-def _document(whole: _Whole, limits: Limits) -> str:
+def _document(whole: _Whole, limits: Limits, progress: Callable[[str, int, int], None] | None) -> str:
     """The report within these limits."""
     manifest, runs, times, gaps, notes = whole.dataset.manifest, whole.runs, whole.times, whole.gaps, whole.notes
     told, view = whole.told, whole.view
@@ -89,7 +90,11 @@ def _document(whole: _Whole, limits: Limits) -> str:
     figures = _Figures(limits.chart_bytes)
     drawn = figures.add(overview_chart(view, told, gaps, times), force=True) if view else None
     events = Events(whole.dataset) if view else None
-    details = [_detail(events, story, gaps, times, figures, place, limits) for story in told[: limits.stories]]
+    details = []
+    for story in told[: limits.stories]:
+        details.append(_detail(events, story, gaps, times, figures, place, limits))
+        if progress:
+            progress("stories", len(details), min(len(told), limits.stories))
     listed = told[limits.stories : limits.stories + limits.listed]
     beyond = told[limits.stories + limits.listed :]
     counts = sorted((manifest.get("counts") or {}).items(), key=lambda kv: (-kv[1], kv[0]))

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
+from tracetool.output import whole_files
 from tracetool.report.recorded import times_of
 from tracetool.report.tables import Table, document, tables
 from tracetool.report.verdict import finding_id
-from tracetool.store import Dataset, StoreError
+from tracetool.store import Dataset
 
 __all__ = ["SUFFIXES", "check_suffix", "findings_json", "write_report", "write_whole"]
+
+Progress = Callable[[str, int, int], None]
 
 SUFFIXES: Final = (".html", ".txt", ".md", ".json", ".xml")
 
 
-def write_report(dataset: Dataset, runs: Sequence[Mapping[str, Any]], output: Path, *, command: str = "") -> int:
-    """Render the runs and write them to `output`; returns the size in bytes. UsageError for an unknown suffix."""
+def write_report(
+    dataset: Dataset, runs: Sequence[Mapping[str, Any]], output: Path, *, command: str = "",
+    progress: Progress | None = None,
+) -> int:
+    """Render the runs and write them to `output`; returns the size in bytes. UsageError for an unknown suffix.
+
+    `progress` is called with what is done, and how many of how many stories are told (HTML).
+    """
     check_suffix(output)
-    text = _render(output.suffix.lower(), dataset, runs, command)
+    text = _render(output.suffix.lower(), dataset, runs, command, progress)
     return write_whole(output, text)
 
 
@@ -34,7 +42,10 @@ def check_suffix(output: Path, *, bundle: bool = False) -> None:
         raise UsageError(f"{output}: a report ends in one of {', '.join(SUFFIXES)}")
 
 
-def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str) -> str:
+def _render(
+    suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], command: str,
+    progress: Progress | None,
+) -> str:
     if suffix == ".xml":
         from tracetool.report import junit
 
@@ -43,7 +54,7 @@ def _render(suffix: str, dataset: Dataset, runs: Sequence[Mapping[str, Any]], co
     if suffix == ".html":
         from tracetool.report import html
 
-        return html.render(dataset, runs, command=command, beside=beside)
+        return html.render(dataset, runs, command=command, beside=beside, progress=progress)
     if suffix == ".txt":
         from tracetool.report import text
 
@@ -67,11 +78,6 @@ def findings_json(dataset: Dataset, runs: Sequence[Mapping[str, Any]], beside: S
 def write_whole(output: Path, text: str) -> int:
     """Write beside and rename; StoreError when that is not possible."""
     data = text.encode("utf-8", "backslashreplace")
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
+    with whole_files(output) as (staging,):
         staging.write_bytes(data)
-        staging.rename(output)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise StoreError(f"{output}: cannot write: {error.strerror or error}", 5) from None
     return len(data)
