@@ -89,7 +89,7 @@ def test_progress_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_takes_long_tells_how_far_it_is(tmp_path: Path) -> None:
     dataset = sample_dataset(tmp_path / "d")
     runs = replay_dataset(dataset, Settings(systems=("hpet",)))
-    runs[0]["findings"] = runs[0]["findings"][:2]  # quick
+    runs[0]["findings"] = [f for f in runs[0]["findings"] if f["severity"] == "warn"][:2]  # quick
     told: dict[str, list[tuple[int, int]]] = {}
 
     def progress(what: str, done: int, total: int) -> None:
