@@ -1,17 +1,19 @@
-"""The dataset for Python: `tracetool.open(path)`, then polars frames.
+"""A dataset or a recording for Python: `tracetool.open(path)`, then polars frames.
 
     import polars as pl
     import tracetool
 
-    trace = tracetool.open("boot.dataset")
+    trace = tracetool.open("boot.xentrace")
     idle = trace.events("hpet").filter(pl.col("kind") == "idle.enter").collect()
     print(trace.findings(system="hpet").group_by("code").len())
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import polars as pl
 
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
+from tracetool import cache
 from tracetool.query import ask, columns_of, findings_frame, tables_of
 from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
+from tracetool.request import ingest_options
 from tracetool.store import Dataset
+from tracetool.terminal import clean
 
 __all__ = ["Trace", "open"]
 
@@ -129,6 +134,30 @@ def _checked(values: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[st
     return values
 
 
-def open(path: str | PathLike[str]) -> Trace:
-    """Open a dataset folder made by `tracetool ingest`; StoreError, in one line, when it is none."""
-    return Trace(Dataset.open(Path(path)))
+def open(
+    path: str | PathLike[str],
+    *,
+    cpu_hz: float | None = None,
+    xen_version: str | None = None,
+    format: str | None = None,
+    hpet_irqs: Sequence[int] = (),
+) -> Trace:
+    """Open a dataset folder made by `tracetool ingest`, or a recording.
+
+    A recording is read once and kept in the user's cache folder, as on the command line; what of it could not be read
+    is a UserWarning. The keywords say how to read it where the recording does not tell, and do nothing to a dataset.
+    UsageError when there is nothing at `path` or a keyword is wrong, StoreError for a folder that is no dataset,
+    RecordingError for a file that is no recording; each is one line.
+    """
+    place = fspath(path)
+    options = ingest_options(
+        None if cpu_hz is None else f"{cpu_hz:.17g}", xen_version, format, ",".join(map(str, hpet_irqs)) or None
+    )
+    options = replace(options, command=f"tracetool.open({place!r})")
+    dataset = cache.dataset_of(place, options)
+    if dataset.manifest.get("damaged") and not Path(place).is_dir():
+        for note in dataset.notes():
+            if note["severity"] == "error":
+                text = f"{note['source']}: offset {note['offset']}: {note['text']}; the rest was kept"
+                warnings.warn(clean(text), UserWarning, stacklevel=2)
+    return Trace(dataset)

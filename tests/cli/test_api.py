@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracetool
+from parsers.recording import RecordingError
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
-from tests.cli.small import sample_dataset
+from tests.cli.small import SAMPLE, sample_dataset
 from tests.cli.test_commands import tracetool as command
 from tests.shared import ROOT
 from tracetool.api import Trace
@@ -30,10 +31,16 @@ from tracetool.store import StoreError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dataset under the name that the documentation uses."""
+    """A folder with a dataset, and the recording under the name that the documentation uses."""
     folder = tmp_path_factory.mktemp("api")
     sample_dataset(folder / "boot.dataset")
+    (folder / SAMPLE.name).write_bytes(SAMPLE.read_bytes())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +120,34 @@ def test_mistakes_are_one_line(trace: Trace, wrong: Any) -> None:
 def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="tracetool ingest"):
         tracetool.open(tmp_path)
+
+
+def test_a_recording_is_the_same_as_its_dataset(folder: Path, trace: Trace) -> None:
+    opened = tracetool.open(str(folder / SAMPLE.name))
+    assert opened.path.is_relative_to(folder / "cache")
+    assert opened.manifest["inputs"][0]["sha256"] == trace.manifest["inputs"][0]["sha256"]
+    assert opened.events().collect().equals(trace.events().collect())
+    assert opened.manifest["command"].startswith("tracetool.open(")
+    assert opened.findings(system="hpet").equals(trace.findings(system="hpet"))
+
+
+def test_a_damaged_recording_warns_and_keeps_the_rest(tmp_path: Path) -> None:
+    data = SAMPLE.read_bytes()
+    (tmp_path / "cut.xentrace").write_bytes(data[: len(data) // 2 + 3])
+    with pytest.warns(UserWarning, match="offset .*the rest was kept") as caught:
+        opened = tracetool.open(tmp_path / "cut.xentrace")
+    assert caught[0].filename == __file__
+    assert opened.manifest["damaged"] and opened.gaps().height and opened.events().collect().height
+
+
+def test_how_a_recording_is_read_can_be_said(folder: Path) -> None:
+    stated = tracetool.open(folder / SAMPLE.name, cpu_hz=2.5e9, xen_version="4.17", format="xentrace", hpet_irqs=[24])
+    assert stated.manifest["clock"]["hz"] == 2.5e9
+    for wrong in ({"cpu_hz": 1.0}, {"xen_version": "four"}, {"format": "moon"}):
+        with pytest.raises((UsageError, RecordingError)):
+            tracetool.open(folder / SAMPLE.name, **wrong)
+    with pytest.raises(UsageError, match="no such file"):
+        tracetool.open(folder / "nowhere")
 
 
 def run_cell(source: str, names: dict[str, Any]) -> Any:
