@@ -136,7 +136,7 @@ def test_a_damaged_recording_warns_and_keeps_the_rest(tmp_path: Path) -> None:
     (tmp_path / "cut.xentrace").write_bytes(data[: len(data) // 2 + 3])
     with pytest.warns(UserWarning, match="offset .*the rest was kept") as caught:
         opened = tracetool.open(tmp_path / "cut.xentrace")
-    assert caught[0].filename == __file__
+    assert [w.filename for w in caught if "offset" in str(w.message)] == [__file__]
     assert opened.manifest["damaged"] and opened.gaps().height and opened.events().collect().height
 
 
