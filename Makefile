@@ -33,6 +33,15 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@
+
+# Instruction counts against bench/baseline.json (bench/README.md), machine instructions when valgrind is there, times.
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.guard $(shell command -v valgrind >/dev/null 2>&1 && echo --native)
+	$(BIN)/python -m pytest bench/guard_speed.py --benchmark-group-by=group
+
 docs: $(VENV)/.installed
 	$(BIN)/python -m tracetool.reference docs/reference
 
