@@ -1,11 +1,12 @@
 """Mutation score of the machines: `python bench/mutate.py [--system NAME] [--sample N --seed K] [--seconds S]`.
 
 A mutant is one small change of one machine: a comparison negated, a guard negated, a statement or call dropped, a
-constant changed. Each runs the conformance scenarios, the seeded bugs and the rule tests of its system that reach its
-line, in a process of its own with a time limit; the files on disk are not touched. A mutant that no test notices
-*survived*. One is *equivalent* and does not count when its compiled code equals the original's, or when
-`equivalent_mutants.toml` says why nobody can tell it from the original; those are counted apart, and judged all the
-same: one that is listed and caught is an error in the list. Without --sample every mutant is judged.
+constant changed. Each runs the conformance scenarios, the seeded bugs, the rule tests and the pinned runs of its system
+that reach its line, in a process of its own with a time limit; the files on disk are not touched. Pinned runs say only
+that something has changed, the others what is right. A mutant that no test notices *survived*. One is *equivalent* and
+does not count when its compiled code equals the original's, or when `equivalent_mutants.toml` says why nobody can tell
+it from the original; those are counted apart, and judged all the same: one that is listed and caught is an error in the
+list. Without --sample every mutant is judged.
 """
 
 from __future__ import annotations
@@ -295,8 +296,8 @@ def install(mutant: Mutant, code: Any) -> None:
 
 
 def notices(system: str) -> str:
-    """Which part of the suite notices, "" if none does: scenarios, seeded bugs, rule tests; cheapest first."""
-    from bench.mutation_judge import rule_tests
+    """Which part of the suite notices, "" if none does: scenarios, seeded bugs, rule tests, pinned runs."""
+    from bench.mutation_judge import pinned_tests, rule_tests
     from replay.scenario import load_scenario, mismatches, run_scenario
     from tracetool.seeded import BUGS
     from tracetool.seeded.check import check_bug
@@ -311,13 +312,12 @@ def notices(system: str) -> str:
     for bug in BUGS:
         if bug.system == system and check_bug(bug)["problems"]:
             return "seeded"
-    paths = rule_tests(system)
-    if paths:
-        import pytest
+    import pytest
 
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no", "-c", "/dev/null"]
-        if pytest.main([*options, "--rootdir", str(ROOT), *paths]) != 0:
-            return "rule test"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no", "-c", "/dev/null"]
+    for by, paths in (("rule test", rule_tests(system)), ("pinned", pinned_tests(system))):
+        if paths and pytest.main([*options, "--rootdir", str(ROOT), *paths]) != 0:
+            return by
     return ""
 
 

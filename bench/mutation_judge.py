@@ -27,7 +27,7 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-__all__ = ["main", "rule_tests"]
+__all__ = ["main", "pinned_tests", "rule_tests"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Where machines live; only their lines are looked at.
@@ -45,7 +45,7 @@ class Unit:
     """One test: what it is called, of which kind, how to run it (True: something is wrong)."""
 
     name: str
-    kind: str  # scenario | seeded | rule test
+    kind: str  # scenario | seeded | rule test | pinned
     run: Callable[[], bool]
     seconds: float = 0.0
     lines: set[tuple[str, int]] = field(default_factory=set)
@@ -61,6 +61,15 @@ def rule_tests(system: str) -> list[str]:
     names = {"apic": ["test_apic_rules.py", "test_ioapic_rules.py"]}.get(system, [f"test_{system}_rules.py"])
     paths = [ROOT / "tests" / "conformance" / name for name in names]
     return [str(path) for path in paths if path.exists()]
+
+
+def pinned_tests(system: str) -> list[str]:
+    """Tests that say only that nothing has changed (`tests/conformance/pinned.py`)."""
+    from tests.conformance.pinned import GROUPS, warm
+
+    warm(system)
+    name = str(ROOT / "tests" / "conformance" / "test_pinned.py")
+    return [f"{name}::test_nothing_has_changed[{system}-{group}]" for group in GROUPS]
 
 
 # -- what is loaded ----------------------------------------------------------------------------------------------------
@@ -115,7 +124,8 @@ def _item_unit(item: Any) -> Unit:
         reports = runtestprotocol(item, log=False, nextitem=None)
         return any(report.failed for report in reports)
 
-    return Unit(item.nodeid, "rule test", run)
+    pin = item.nodeid.partition("::")[0].endswith("test_pinned.py")
+    return Unit(item.nodeid, "pinned" if pin else "rule test", run)
 
 
 def _functions() -> dict[Place, list[FunctionType]]:
@@ -395,7 +405,8 @@ def main() -> None:
     with loading.on():
         units = _scenarios_and_bugs(request["system"])
     options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no", "-c", "/dev/null"]
-    paths = rule_tests(request["system"])
+    with loading.on():
+        paths = rule_tests(request["system"]) + pinned_tests(request["system"])
     plugin = _Plugin(request, units, loading, sources, cold)
     sys.setprofile(loading.note)
     pytest.main([*options, "--rootdir", str(ROOT), *paths], plugins=[plugin])
