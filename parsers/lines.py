@@ -42,7 +42,7 @@ class LineBatch:
     first_line: int
     offset: int
     text: pl.Series
-    dirty: npt.NDArray[np.bool_]  # lines that hold a byte >= 0x80 or are longer than MAX_LINE
+    dirty: npt.NDArray[np.bool_]  # lines that are no records: they hold a byte >= 0x80, are too long or have no end
     unterminated: bool = False  # the last line has no line end: the recording was cut there
     lost: int = 0
 
@@ -77,6 +77,7 @@ def _batch(data: bytes, first_line: int, offset: int, lost: int = 0) -> LineBatc
     starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
     lengths = ends - starts
     dirty = lengths > MAX_LINE
+    dirty[-1] |= unterminated  # a number at its end may have lost digits
     high = np.flatnonzero(array >= 0x80)
     shown = data
     if len(high):

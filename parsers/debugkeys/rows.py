@@ -163,8 +163,9 @@ class TextReader:
         skipped = others = 0
         for index, text in enumerate(batch.text.to_list()):
             self._line = batch.first_line + index
+            cut = batch.unterminated and last and index == len(lengths) - 1  # a number at its end may be shorter
             try:
-                made = self.line(text) if lengths[index] <= self.LINE_BYTES else []
+                made = self.line(text) if lengths[index] <= self.LINE_BYTES and not cut else []
             except ValueError:
                 made = []
             if not made:

@@ -57,6 +57,8 @@ FIXED = {
 MARKERS = frozenset({"tracing_mark_write", "print", "bprint", "bputs", "0"})
 #: What the records of names beyond `payload.MAX_TABLES` are counted as; the table has each one's own name.
 OTHERS = "(other events)"
+#: A last line without end: what it says may be shorter than what was recorded, so it is no event.
+CUT = "(cut)"
 
 
 def _taken(columns: list[pa.Array], rows: Array) -> list[pa.Array]:
@@ -101,10 +103,12 @@ class Builder:
         sources: dict[int, bytes],
         line: int,
         kept: Array | None = None,
+        cut: int = -1,
     ) -> tuple[dict[str, pa.Table], list[int]]:
         """Tables of a batch, and the rows of lines that belong to nothing.
 
-        `line` is the number of the batch's first line; `kept` says which of its lines the rows are (None: all).
+        `line` is the number of the batch's first line; `kept` says which of its lines the rows are (None: all);
+        `cut` is the row of a line without end.
         """
         records = scan.records
         if not records.row.size:
@@ -125,6 +129,8 @@ class Builder:
                 code[continued] = rests.number("(continued)")
         if records.graph.any():
             code[records.graph] = rests.number("funcgraph")
+        if cut >= 0 and records.row[-1] == cut:
+            code[-1] = rests.number(CUT)
         if self._options.only:
             wanted = np.isin(code, [n for n, name in enumerate(rests.names) if name in self._options.only])
             records, code, rests.index = records.chosen(wanted), code[wanted], rests.index[wanted]
@@ -179,7 +185,7 @@ class Builder:
                 group = Payload(rests.rows(rests.index[order[begin:end]], whole=name != "function"), rests.raw)
                 tables[name] = self._fixed(name, shared, group, records, order[begin:end], scan, text, starts, ends)
                 continue
-            if name == "(continued)":
+            if name in ("(continued)", CUT):
                 group = Payload(rests.rows(rests.index[order[begin:end]], whole=True), rests.raw)
                 as_text.append(self._text(name, shared, group, np.arange(end - begin), np.arange(end - begin)))
                 continue
@@ -194,7 +200,7 @@ class Builder:
                 where[rest] = np.arange(rest.size)
                 part = self._text(name, shared, group, rest, where[local])
                 as_text.append(part)
-                if name[0] != "(":
+                if name[0] != "(" and part.num_rows:  # none: only the text of a line that was cut
                     self._as_text[name] += part.num_rows
         if as_text:
             table = pa.concat_tables(as_text).unify_dictionaries()

@@ -16,7 +16,7 @@ NOTES: tuple[NoteCode, ...] = (
     NoteCode("ftrace-buffer-started", "info", "the oldest record kept of a CPU is later than the start of the trace"),
     NoteCode("ftrace-clock", "warn", "stamps could not be brought to nanoseconds: their unit is not in the text"),
     NoteCode("ftrace-no-stamps", "warn", "records without a time stamp (function_graph)"),
-    NoteCode("ftrace-truncated", "warn", "the last line has no end; the recording may have been cut off"),
+    NoteCode("ftrace-truncated", "warn", "the last line has no end and may be cut: kept as text, event `(cut)`"),
     NoteCode("systrace-compressed", "error", "compressed atrace data could not be unpacked"),
 )
 SEVERITY = {code.code: code.severity for code in NOTES}

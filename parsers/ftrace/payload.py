@@ -25,7 +25,7 @@ TEXT = Table(
     "events whose payload is kept as text",
     (
         *FTRACE_COMMON,
-        Column("event", pa.dictionary(pa.int32(), pa.string()), "its name; '(continued)': a line of the marker before"),
+        Column("event", pa.dictionary(pa.int32(), pa.string()), "its name, or '(continued)', '(cut)'"),
         Column("payload", pa.string(), "as printed, bytes escaped"),
     ),
 )

@@ -67,7 +67,8 @@ class SystraceReader(FtraceTextReader):
         if not found:
             found = list(STRING.finditer(page))
             blocks = [(m.start(1), m[1].replace(b"\\n\\\n", b"\n").replace(b"\\n", b"\n")) for m in found]
-        if found and not found[-1][2]:
+        cut = bool(found) and not found[-1][2]
+        if cut:
             self._damage.append(note("ftrace-truncated", "the page ends inside the trace", size))
         if not blocks and page[:64].lstrip().startswith(b"TRACE:"):
             blocks = [(0, page)]
@@ -81,7 +82,10 @@ class SystraceReader(FtraceTextReader):
                 self._damage.append(note("systrace-compressed", f"block of {len(block)} bytes", at))
             # pages also carry process lists; only the block with events is the trace
             if text and (EVENT.search(text[: 1 << 20]) or text.lstrip().startswith(b"# tracer")):
-                texts.append(text if text.endswith(b"\n") else text + b"\n")
+                texts = [part[: part.rfind(b"\n") + 1] for part in texts]  # cut and not the last: up to the last line
+                # the end of a block is the end of a line, unless the block was cut there
+                ended = text.endswith(b"\n") or damaged or (cut and at == blocks[-1][0])
+                texts.append(text if ended else text + b"\n")
         if not texts:
             raise RecordingError("a page without ftrace text")
         self._page = size

@@ -111,6 +111,7 @@ class FtraceTextReader:
         self._notes: list[Note] = []
         self._line, self._position, self._lines_in = 1, 0, 0
         self._last: dict[int, int] = {}
+        self._cut = False  # the last line has no end
         self._started: Counter[int] = Counter()
         self._builder = Builder(options, self._layout)
         self.tables: dict[str, Table] = self._builder.tables
@@ -172,7 +173,7 @@ class FtraceTextReader:
             if size == have:
                 if size:
                     if buffer[size - 1] != 10:
-                        self._notes.append(note("ftrace-truncated", "no newline at the end", self._position))
+                        self._cut = True
                         buffer[size], size = 10, size + 1
                     buffer[size : size + SPARE] = bytes(SPARE)
                     yield buffer, size, True
@@ -267,11 +268,35 @@ class FtraceTextReader:
                 self._builder.first = min(self._shown_first, self._builder.first)
             self.clock = self._clock(self._builder.first)
             self._builder.clock = self.clock
-        tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line, kept)
-        self._stray_lines(strays, starts, ends)
+        cut = self._cut_line(scan, starts, kept) if last and self._cut else -1
+        tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line, kept, cut)
+        if last and self._cut:
+            self._tell_cut(scan, starts, cut, strays)
+        self._stray_lines([row for row in strays if row != cut], starts, ends)
         self._position += used
         self._line += lines
         return tables
+
+    def _cut_line(self, scan: Scan, starts: Array, kept: Array | None) -> int:
+        """Row of the last line, which has no end; -1 when it is none of the lines looked at."""
+        row = int(starts.size) - 1
+        if kept is not None and (not kept.size or int(kept[-1]) != self._lines_in - 1):
+            return -1
+        if scan.stacks.size and scan.stacks[-1] == row:
+            scan.stacks = scan.stacks[:-1]
+            scan.unknown.append(row)
+        return row
+
+    def _tell_cut(self, scan: Scan, starts: Array, row: int, strays: list[int]) -> None:
+        """The gap and the note of a last line without end; the line is skipped when it is no record."""
+        where = self._position + int(starts[row]) if row >= 0 else self.accounting.total
+        records = scan.records
+        before = records.stamp[records.stamped & (records.row < row)] if row >= 0 else records.stamp[records.stamped]
+        stop = int(before[-1]) if before.size else max(self._last.values(), default=None)
+        self._notes.append(note("ftrace-truncated", "no newline at the end", where))
+        length = self.accounting.total - where if row in strays else 0
+        self.accounting.skipped += length
+        self._gaps.append(Gap("truncated", None, stop, None, where, length, None, "ends inside a line"))
 
     def _wanted(self, data: Array, text: bytearray, starts: Array) -> Array | None:
         """Indices of the lines that `only` asks for, and of those that are no records; None: all lines.

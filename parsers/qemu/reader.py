@@ -43,7 +43,7 @@ _CODES = {
             "warn",
             "a line that is no trace line, or whose arguments do not fit its event: kept in `unparsed`",
         ),
-        NoteCode("qemu-cut", "warn", "the log ends in the middle of a line"),
+        NoteCode("qemu-cut", "warn", "the log ends in the middle of a line: kept in `unparsed`"),
         NoteCode("qemu-long-line", "warn", "a line too long to be a trace line: its head is kept"),
         NoteCode(
             "qemu-stamp-back",
@@ -274,10 +274,7 @@ class QemuReader:
         self.accounting.total += batch.size
         self.accounting.parsed += good
         self.accounting.skipped += batch.size - good
-        if not batch.unterminated or parsed[-1]:
-            # A last line that parses may still have lost its last digits: say so, but keep it.
-            if batch.unterminated:
-                notes.append(_note("qemu-cut", "the last line has no line end", batch.offset + int(batch.starts[-1])))
+        if not batch.unterminated:
             return []
         offset = batch.offset + int(batch.starts[-1])
         notes.append(_note("qemu-cut", "the last line is cut", offset))

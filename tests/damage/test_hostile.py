@@ -28,7 +28,7 @@ from parsers.open import RATIO_FREE_BYTES, open_recording
 from parsers.qemu.reader import QemuReader
 from parsers.recording import ReadOptions, RecordingError
 from parsers.tracedat.layout import Limit
-from parsers.xenalyze.reader import XenalyzeReader
+from parsers.xenalyze.reader import AUX, XenalyzeReader
 from tests.damage.test_ftrace_damage import line
 from tests.damage.test_ftrace_damage import read as read_text
 from tests.damage.test_tracedat_damage import FORMAT, Writer
@@ -300,3 +300,55 @@ def test_a_bomb_stops_early_in_bounded_memory(tmp_path: Path, codec: str) -> Non
         assert tracemalloc.get_traced_memory()[1] < 80 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_the_last_line_of_ftrace_text_may_be_shorter() -> None:
+    """`vector=236` cut to `vector=23` is no event: it stays text and the end is told."""
+    whole = line(b"t", b"local_timer_entry: vector=236") + line(b"t", b"local_timer_entry: vector=236", cpu=2)
+    for data in (whole[:-2], whole[:-1]):
+        reader, chunks, tables = read_text(data)
+        assert tables["local_timer_entry"]["vector"].to_pylist() == [236]
+        assert tables["ftrace_text"]["event"].to_pylist() == ["(cut)"]
+        assert tables["ftrace_text"]["payload"].to_pylist() == [data[data.rindex(b"local_") :].decode()]
+        (gap,) = [gap for chunk in chunks for gap in chunk.gaps]
+        assert gap.reason == "truncated" and gap.t0 is not None and gap.offset == whole.index(b"\n") + 1
+        assert "ftrace-truncated" in {note.code for chunk in chunks for note in chunk.notes}
+        assert reader.accounting.skipped == 0
+    reader, chunks, tables = read_text(whole)
+    assert reader.counts == {"local_timer_entry": 2} and not [gap for chunk in chunks for gap in chunk.gaps]
+
+
+def test_a_cut_line_is_no_event_when_only_some_are_read() -> None:
+    """With `only` the cut line is left out, and told."""
+    whole = line(b"t", b"local_timer_entry: vector=236") * 2
+    reader, chunks, _ = read_text(whole[:-2], only=frozenset({"local_timer_entry"}))
+    assert reader.counts == {"local_timer_entry": 1}
+    assert [gap.reason for chunk in chunks for gap in chunk.gaps] == ["truncated"]
+
+
+def test_a_cut_stack_line_is_no_caller() -> None:
+    """The last symbol of a stack trace may be shorter too."""
+    data = line(b"t", b"softirq_entry: vec=7 [action=SCHED]") + line(b"t", b"<stack trace>") + b" => one\n => two_th"
+    _, chunks, tables = read_text(data)
+    assert tables["kernel_stack"]["caller_sym"].to_pylist() == [["one"]]
+    assert [gap.reason for chunk in chunks for gap in chunk.gaps] == ["truncated"]
+
+
+def test_the_last_line_of_a_qemu_log_may_be_shorter() -> None:
+    """A last line without end is kept in `unparsed`."""
+    one = b"7@1700000000.000000:ioapic_set_irq vector: 23 level: 1\n"
+    reader = QemuReader(io.BytesIO(one + one[:-1]), ReadOptions())
+    chunks = list(reader.chunks())
+    rows = {name: table.num_rows for chunk in chunks for name, table in chunk.tables.items()}
+    assert rows == {"ioapic_set_irq": 1, "unparsed": 1}
+    assert [gap.reason for chunk in chunks for gap in chunk.gaps] == ["truncated"]
+    assert reader.accounting.skipped == len(one) - 1
+
+
+def test_the_last_line_of_a_xenalyze_dump_may_be_shorter() -> None:
+    """A last line without end is no record."""
+    text = b"]  0.000000001 -x- d32767v0 runstate_change d0v0 blocked->runnable\n" * 2
+    reader = XenalyzeReader(io.BytesIO(text[:-1]), ReadOptions())
+    chunks = list(reader.chunks())
+    assert sum(table.num_rows for chunk in chunks for name, table in chunk.tables.items() if name != AUX.name) == 1
+    assert [gap.reason for chunk in chunks for gap in chunk.gaps] == ["truncated"]
