@@ -9,6 +9,7 @@ import bz2
 import hashlib
 import io
 import lzma
+import os
 import sys
 import tempfile
 import zlib
@@ -63,13 +64,20 @@ class Opened:
         self.compression = compression
         self.truncated = truncated
         self._digest = digest
+        self._stamp = None if digest is not None else _stamp_of(stream)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of the input as stored, that is: before decompression."""
+        """SHA-256 (hex) of the input as stored, that is: before decompression.
+
+        `RecordingError` when a file that is read in place is no longer as it was when it was opened: what was read
+        is then neither the old content nor the new.
+        """
         if self._digest is None:
             with Path(self.name).open("rb") as file:
                 self._digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if self._stamp is not None and _stamp_of(file) != self._stamp:
+                    raise RecordingError("the file changed while it was read; make a copy and read that")
         return self._digest
 
     def head(self) -> bytes:
@@ -119,6 +127,12 @@ def open_recording(
         return opened
     except OSError as error:
         raise RecordingError(f"cannot be read: {error.strerror or error}") from error
+
+
+def _stamp_of(file: BinaryIO) -> tuple[int, int, int, int]:
+    """Device, inode, size and time of the last change of an open file."""
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _codec_of(head: bytes) -> str | None:
