@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ def _where(error: BaseException) -> str:
 def run_machine(
     system: System,
     policy: str,
-    batches: Iterable[pa.Table],
+    batches: Iterable[pa.Table] | Callable[[tuple[str, ...]], Iterable[pa.Table]],
     *,
     config: Config,
     closed: bool,
@@ -62,6 +62,7 @@ def run_machine(
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
+    `batches` may be a function of the columns that the machine unpacks: a reader then leaves out the others (but t_ns).
     `closed`: only stimuli are fed and the policy decides; otherwise the recording's outcomes are checked.
     `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
     scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
@@ -78,7 +79,7 @@ def run_machine(
             init = init or measured.init
         machine.load(init or {})
         last = 0
-        for batch in batches:
+        for batch in batches(tuple(machine.columns)) if callable(batches) else batches:
             if batch.num_rows:
                 machine.feed(Batch.of(batch, machine.columns))
                 last = batch["t_ns"][-1].as_py()

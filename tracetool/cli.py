@@ -205,11 +205,15 @@ def replay(
     reading: Given,
     json: Json = False,
     fail_on: FailOn = "error",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Processes, one system each (default: cores, if large).")
+    ] = None,
 ) -> None:
     """Replay through the reference models and say where recording and model part."""
     from tracetool import commands
 
-    raise typer.Exit(commands.replay(_request(target, reading, thresholds, replaying), json=json, fail_on=fail_on))
+    request = _request(target, reading, thresholds, {**replaying, "jobs": jobs})
+    raise typer.Exit(commands.replay(request, json=json, fail_on=fail_on))
 
 
 @app.command(

@@ -58,7 +58,7 @@ def replay(request: Request, *, json: bool, fail_on: str) -> int:
         return _replay_scenario(request, json=json, fail_on=fail_on)
     settings = request.settings()  # what is wrong with them is said before a recording is read
     dataset = open_dataset(request.target, request.options)
-    runs = replayed(dataset, settings)
+    runs = replayed(dataset, settings, request.jobs)
     if json:
         print(contract(runs))
     else:

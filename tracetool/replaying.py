@@ -12,15 +12,15 @@ import polars as pl
 import pyarrow as pa
 
 from replay.bodies import Measured
-from replay.coverage import Coverage, Observation, coverage
+from replay.coverage import CHECKED_FROM, Coverage, Observation, coverage
 from replay.declare import Config, System, UsageError
 from replay.driver import Run, run_machine
-from replay.events import KIND_ID, KINDS
+from replay.events import KIND_ID, KINDS, NONE
 from replay.parting import part
 from replay.sink import Finding
 from replay.systems import SYSTEMS
-from tracetool import calibrate
-from tracetool.results import run_record
+from tracetool import calibrate, parallel
+from tracetool.results import SEVERITIES, run_record
 from tracetool.store import Dataset
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "rules_of",
 ]  # fmt: skip
 
-#: What machines may unpack of a canonical event.
+#: What pre-passes may unpack of a canonical event.
 EVENT_COLUMNS: Final = (
     "seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf",
 )  # fmt: skip
@@ -38,11 +38,13 @@ MEASURED_COLUMNS: Final = (*EVENT_COLUMNS, "t_err_ns")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A policy as the user named it: for one system only, or for all; `cls` when it is the user's own class."""
+    """A policy as the user named it: for one system only, or for all; `cls` when it is the user's own class, `spec`
+    where that can be loaded from."""
 
     name: str
     system: str | None = None
     cls: type[Any] | None = None
+    spec: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def _own_policy(path: Path, name: str) -> Choice:
     system = getattr(cls, "system", None)
     if system not in SYSTEMS:
         raise UsageError(f"{name} must say which system it is for: system = one of {', '.join(SYSTEMS)}")
-    return Choice(name, system, cls)
+    return Choice(name, system, cls, f"{path.absolute()}:{name}")
 
 
 def observations(dataset: Dataset) -> dict[str, Observation]:
@@ -153,19 +155,27 @@ def blind_share(dataset: Dataset) -> float:
 
 
 def replay_dataset(
-    dataset: Dataset, settings: Settings, progress: Callable[[str, int, int], None] | None = None
+    dataset: Dataset,
+    settings: Settings,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    jobs: int | None = 1,
 ) -> list[dict[str, Any]]:
     """Run every system under every policy asked for; returns run records (see `results.run_record`).
 
     Without `settings.systems` all that can be checked are run. The recorded policy is verified against the recording;
     another policy is a what-if on the recorded stimuli, with calibration and horizon. `progress` is called with what is
-    done, and how many of how many events.
+    done, and how many of how many events. With `jobs` above 1, or None and a large dataset, systems are replayed in
+    processes of their own; the records are the same.
     """
     can = checkable(dataset)
     names = list(settings.systems) or list(can)
     for name in names:
         if name not in SYSTEMS:
             raise UsageError(f"no system {name!r}; there are {', '.join(SYSTEMS)}")
+    jobs = parallel.usual_jobs(dataset, len(names)) if jobs is None else min(jobs, len(names))
+    if jobs > 1 and parallel.can_part(settings):
+        return [r for part in parallel.replay_systems(dataset, settings, names, jobs, progress) for r in part]
     records = []
     for name in names:
         session = _Session(dataset, SYSTEMS[name], settings, progress)
@@ -242,11 +252,33 @@ class _Session:
             blind = {c.rule for c in self.rules if c.state == "blind"}
         if blind:
             run.findings = [f for f in run.findings if f.code.name not in blind]
+        if run.mode == "verify":
+            self.doubt(run.findings)
         run.extra["recorded"] = {"policy": self.recorded, "why": self.why_recorded}
         return run_record(
             run, self.system, self.config(closed=run.mode == "what-if"), self.rules,
             locate=self.locate, blind_share=self.blind,
         )  # fmt: skip
+
+    def doubt(self, findings: Iterable[Finding]) -> None:
+        """A finding is as sure as the weakest of its evidence and of the kinds that its rule needs (spec I.4). One that
+        is inferred for that reason is one severity less."""
+        findings = list(findings)
+        of_rule = {c.rule: c.conf for c in self.rules if c.state != "blind"}
+        seqs = {f.seq for f in findings} | {e.seq for f in findings for e in f.evidence if e.seq is not None}
+        of_event = self.confidences(seqs - {NONE}) if seqs else {}
+        for finding in findings:
+            steps = (finding.seq, *(e.seq for e in finding.evidence if e.seq is not None))
+            sure = min(of_rule.get(finding.code.name, 100), *(of_event.get(seq, 100) for seq in steps))
+            if sure < finding.conf:
+                if sure < CHECKED_FROM <= finding.conf:
+                    finding.severity = SEVERITIES[min(SEVERITIES.index(finding.severity) + 1, len(SEVERITIES) - 1)]
+                finding.conf = sure
+
+    def confidences(self, seqs: Iterable[int]) -> dict[int, int]:
+        """Confidence of those canonical events that are not recorded themselves."""
+        frame = self.dataset.events().select("seq", "conf").filter(pl.col("conf") < 100)
+        return dict(frame.filter(pl.col("seq").is_in(sorted(seqs))).collect().iter_rows())
 
     def verify(self) -> Run:
         """The recording's own outcomes against the rules, and against what the model predicts (spec 0.5)."""
@@ -344,7 +376,7 @@ class _Session:
         return run_machine(
             self.system,
             name,
-            self._batches(f"{self.system.name} {name}", list(kinds), EVENT_COLUMNS),
+            lambda columns: self._batches(f"{self.system.name} {name}", list(kinds), columns),
             config=config,
             closed=closed,
             sub=sub,
@@ -371,7 +403,7 @@ class _Session:
 
     def _batches(self, what: str, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         total = int(self.dataset.manifest.get("events") or 1)
-        for batch in self.dataset.event_batches(kinds, columns):
+        for batch in self.dataset.event_batches(kinds, (*columns, "seq") if self.progress else columns):
             yield batch
             if self.progress:
                 self.progress(what, int(batch["seq"][-1].as_py()), total)

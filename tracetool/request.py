@@ -30,6 +30,7 @@ class Request:
     config: Path | None = None
     options: IngestOptions = field(default_factory=IngestOptions)
     recorded: tuple[str, ...] = ()
+    jobs: int | None = None
 
     def values(self) -> Mapping[str, Mapping[str, Any]]:
         """Parameter values by system, from the file and from `--set`."""
@@ -125,10 +126,10 @@ def say_damage(ingested: Ingested) -> None:
             terminal.error(f"{note['source']}: offset {note['offset']}: {note['text']}; the rest was kept")
 
 
-def replayed(dataset: Dataset, settings: Settings) -> list[dict[str, Any]]:
-    """Run records of a replay, with a progress bar."""
+def replayed(dataset: Dataset, settings: Settings, jobs: int | None = None) -> list[dict[str, Any]]:
+    """Run records of a replay, with a progress bar. `jobs` is processes at most, None what is worth it."""
     with terminal.progress_bar() as bar:
-        runs = replay_dataset(dataset, settings, bar)
+        runs = replay_dataset(dataset, settings, bar, jobs=jobs)
     # Two names may mean one policy: what is current is also what was proposed once.
     once = {(r["system"], r["policy"], r["mode"]): r for r in reversed(runs)}
     return [r for r in runs if once[r["system"], r["policy"], r["mode"]] is r]

@@ -1,0 +1,157 @@
+"""Systems of one dataset replayed in processes of their own: they share nothing, so the records are the same.
+
+A system is the unit: its policies share one verify run and one calibration.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tracetool.store import Dataset, StoreError
+
+if TYPE_CHECKING:
+    from tracetool.replaying import Settings
+
+__all__ = ["can_part", "replay_systems", "usual_jobs"]
+
+#: Fewer events than this are replayed sooner than a process is started.
+LARGE_EVENTS: Final = 3_000_000
+#: Memory that one process may need (bytes): libraries, a row group, the state of a machine.
+PROCESS_BYTES: Final = 700 << 20
+
+Records = list[dict[str, Any]]
+Progress = Callable[[str, int, int], None]
+
+
+def usual_jobs(dataset: Dataset, systems: int) -> int:
+    """Processes that are worth their start: one for each core, as far as there are systems and memory."""
+    if int(dataset.manifest.get("events") or 0) < LARGE_EVENTS or systems < 2:
+        return 1
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return 1  # a limit for each process is meant for the whole
+    return max(1, min(systems, len(os.sched_getaffinity(0)), _free_bytes() // PROCESS_BYTES))
+
+
+def _free_bytes() -> int:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return PROCESS_BYTES
+
+
+def can_part(settings: Settings) -> bool:
+    """Whether other processes can have these settings: a user's class must come from a file."""
+    return all(choice.cls is None or choice.spec for choice in settings.policies)
+
+
+def replay_systems(
+    dataset: Dataset, settings: Settings, names: Sequence[str], jobs: int, progress: Progress | None
+) -> list[Records]:
+    """Run records of each system, in the order of `names`, from at most `jobs` processes.
+
+    What a system raises is raised here, of the first in order; StoreError when a process dies. No process outlives
+    the call, nor this process.
+    """
+    # A class cannot travel; its file is read again where it arrives.
+    plain = replace(settings, policies=tuple(replace(choice, cls=None) for choice in settings.policies))
+    waiting = deque(range(len(names)))
+    done: dict[int, Records | BaseException] = {}
+    working: dict[Connection, tuple[int, Any]] = {}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                index = waiting.popleft()
+                pipe, process = _start(threads, (dataset, plain, names[index], progress is not None))
+                working[pipe] = (index, process)
+            ready = set(wait(list(working)))
+            for pipe in [pipe for pipe in working if pipe in ready]:
+                index, process = working[pipe]
+                try:
+                    what, answer = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    raise StoreError(f"{names[index]}: its process died {_cause(process.exitcode)}", 5) from None
+                if what == "progress":
+                    if progress is not None:
+                        progress(*answer)
+                    continue
+                done[index] = answer
+                del working[pipe]
+                pipe.close()
+                process.join()
+    finally:
+        for pipe, (_, process) in working.items():
+            process.kill()
+            process.join()
+            pipe.close()
+    for index in range(len(names)):
+        answer = done[index]
+        if isinstance(answer, BaseException):
+            raise answer
+    return [done[index] for index in range(len(names))]  # type: ignore[misc]
+
+
+def _start(threads: int, task: tuple[Dataset, Settings, str, bool]) -> tuple[Connection, Any]:
+    context = multiprocessing.get_context("spawn")  # polars and Arrow have threads: no fork
+    ours, theirs = context.Pipe(duplex=False)
+    held = os.environ.get("POLARS_MAX_THREADS")
+    os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # read when the process imports polars
+    try:
+        process = context.Process(target=_serve, args=(theirs, *task), daemon=True)
+        process.start()
+    finally:
+        theirs.close()
+        if held is None:
+            del os.environ["POLARS_MAX_THREADS"]
+    return ours, process
+
+
+def _serve(pipe: Connection, dataset: Dataset, settings: Settings, name: str, talks: bool) -> None:
+    """One system, in a process of its own. Ends with its parent, even in the middle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    from tracetool.replaying import choose, replay_dataset
+
+    def tell(*said: Any) -> None:
+        pipe.send(("progress", said))
+
+    answer: Records | BaseException
+    try:
+        policies = tuple(choose(choice.spec) if choice.spec else choice for choice in settings.policies)
+        asked = replace(settings, policies=policies, systems=(name,))
+        answer = replay_dataset(dataset, asked, tell if talks else None)
+    except Exception as error:
+        answer = error
+    with suppress(OSError):  # nobody listens any more
+        try:
+            pipe.send(("done", answer))
+        except (TypeError, AttributeError, ValueError) as error:  # an exception that cannot travel
+            pipe.send(("done", RuntimeError(f"{type(answer).__name__}: {answer} ({error})")))
+
+
+def _cause(code: int | None) -> str:
+    if code is not None and code < 0:
+        with suppress(ValueError):
+            hint = " (out of memory? --jobs 1 needs the least)" if code == -signal.SIGKILL else ""
+            return f"by {signal.Signals(-code).name}{hint}"
+    return f"with exit code {code}"
