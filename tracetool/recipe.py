@@ -12,14 +12,15 @@ from typing import Any, Final
 from replay.declare import UsageError
 from replay.systems import SYSTEMS
 
-__all__ = ["PLATFORMS", "RECIPES", "Recipe", "probes", "recipe_document", "recipe_text"]
+__all__ = ["ELSEWHERE", "PLATFORMS", "RECIPES", "Recipe", "probes", "recipe_document", "recipe_text"]
 
 PLATFORMS: Final = ("xen", "linux", "kvm", "qemu")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One way to see a system: shell commands, names of probes to set before, and what stays invisible."""
+    """One way to see a system: shell commands, names of probes to set before, and what stays invisible. `groups`: the
+    groups of docs/instrumented-xen.md that a debug build of Xen can record for it."""
 
     system: str
     platform: str
@@ -27,7 +28,28 @@ class Recipe:
     commands: tuple[str, ...]
     probes: tuple[str, ...] = ()
     limits: str = ""
+    groups: tuple[str, ...] = ()
 
+
+#: Everything that stock and instrumented Xen record: scheduler, hardware, HVM, and class 0x100.
+_ALL: Final = "xentrace -D -e 0x018af000 -S 8192 host.xentrace"
+_INSTRUMENTED: Final = "a Xen built with the trace points of docs/instrumented-xen.md, groups"
+
+#: Why a system cannot be recorded on a platform.
+ELSEWHERE: Final[dict[tuple[str, str], str]] = {
+    ("hpet", "kvm"): "the host's kernel wakes its own CPUs: record the host with --on linux",
+    ("callback", "kvm"): "KVM traces nothing of its emulation of Xen's callback but kvm_xen_hypercall, without a port",
+    ("callback", "qemu"): "the emulator has no trace point at the callback",
+    ("vgic", "linux"): "the virtual GIC is the hypervisor's: record the host with --on kvm",
+    ("irqflow", "xen"): "flow handlers run in the guest's kernel: record the guest with --on linux",
+    ("irqflow", "kvm"): "flow handlers run in the guest's kernel: record guest or host with --on linux",
+    ("irqflow", "qemu"): "flow handlers are software of the guest: record the guest with --on linux",
+    ("evtchn", "kvm"): "KVM traces nothing of its emulation of event channels but kvm_xen_hypercall, without a port",
+    ("evtchn", "qemu"): "event channels are words in memory, which the emulator does not log",
+    ("gic", "xen"): "Xen on Arm writes no interrupt records",
+    ("gic", "linux"): "no trace point shows GIC registers, and guessed probes would be of one driver and kernel",
+    ("gic", "kvm"): "a guest's acknowledge and EOI do not trap on GICv2",
+}
 
 _KPROBES: Final = (
     "cd /sys/kernel/tracing",
@@ -40,6 +62,7 @@ RECIPES: Final[tuple[Recipe, ...]] = (
         "hpet", "xen", "sleeps, deadlines, wakes, handlers and where each channel is pointed",
         ("xentrace -D -e 0x0082f000 -S 8192 host.xentrace", "xl debug-keys i; xl dmesg > keys.txt"),
         limits="Stock Xen records neither owners nor comparators: hpet-wrong-cpu and hpet-spurious-irq are inferred.",
+        groups=("hpet", "idle", "irq", "mwait"),
     ),
     Recipe(
         "hpet", "linux", "per-CPU HPET channels: handlers, idle, timers",
@@ -55,14 +78,19 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     Recipe(
         "callback", "xen", "injections, EOIs and VM entries of HVM guests, and who runs where",
         ("xentrace -D -e 0x008af000 -S 8192 host.xentrace",
-         "xl debug-keys I; xl debug-keys e; xl debug-keys q; xl dmesg > keys.txt"),
+         "for i in 1 2; do xl debug-keys Ieq; sleep 1; done; xl dmesg > keys.txt"),
         limits="The upcall flag and the line itself are not recorded by stock Xen: record the guest too (--on linux).",
+        groups=("callback", "vlapic"),
     ),
     Recipe(
         "callback", "linux", "in the guest: the platform interrupt's handler and the upcall",
         (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e kprobes "
          "-o guest.dat sleep 10"),
         probes=("upcall", "evtchn_2l_handle_events", "evtchn_2l_unmask"),
+    ),
+    Recipe(
+        "vgic", "xen", "nothing on a stock build: Xen on Arm writes no interrupt records", (_ALL,),
+        groups=("vgic", "guest"),
     ),
     Recipe(
         "vgic", "qemu", "list registers, ITARGETSR, acknowledges and EOIs, physical and virtual",
@@ -80,7 +108,9 @@ RECIPES: Final[tuple[Recipe, ...]] = (
         (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e irq_vectors "
          "-e kprobes -o linux.dat sleep 10"),
         probes=("edge", "level", "fasteoi", "percpu", "hie", "setaff", "move", "lateeoi", "set_aff"),
-        limits="Raises and the last look of a driver at its ring need the sender's recording and a driver probe.",
+        limits="Offsets into struct irq_desc are those of the kernels named; elsewhere (arm64, another configuration) "
+        "the same lines are accepted and read garbage: compare irq= with the irq_handler_entry that follows. Raises "
+        "and the last look of a driver at its ring need the sender's recording and a driver probe.",
     ),
     Recipe(
         "evtchn", "linux", "upcalls, masks, unmasks, bindings and handlers of event channels (Xen guests and dom0)",
@@ -93,13 +123,18 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     ),
     Recipe(
         "evtchn", "xen", "port states at one moment, as evidence at the end",
-        ("xl debug-keys e; xl dmesg > keys.txt", "lsevtchn DOMAIN > lsevtchn.txt"),
-        limits="Stock Xen has no event-channel trace point.",
+        ("for i in 1 2; do xl debug-keys eq; sleep 1; done; xl dmesg > keys.txt", "lsevtchn DOMAIN > lsevtchn.txt"),
+        limits="Stock Xen has no event-channel trace point. What one dump shows is assumed to last (confidence 50); "
+        "the second proves it. On the toolstack's side lsevtchn is kept as a table and read by no rule.",
+        groups=("evtchn", "guest"),
     ),
     Recipe(
         "apic", "xen", "injections and EOIs of HVM and PVH guests, and who runs where",
-        ("xentrace -D -e 0x000af000 -S 8192 host.xentrace",),
-        limits="With VMX virtual interrupt delivery most injections and EOIs leave no record.",
+        ("xentrace -D -e 0x000af000 -S 8192 host.xentrace",
+         "for i in 1 2; do xl debug-keys iz; sleep 1; done; xl dmesg > keys.txt"),
+        limits="With VMX virtual interrupt delivery most injections and EOIs leave no record. The keys show "
+        "redirection entries and Remote IRR of the physical IOAPIC; the physical local APICs no key shows.",
+        groups=("vlapic", "callback", "irq"),
     ),
     Recipe(
         "apic", "kvm", "requests, injections and EOIs of guests' LAPICs, IOAPIC pins",
@@ -147,7 +182,8 @@ def _chosen(system: str, platform: str | None) -> list[Recipe]:
     found = [r for r in RECIPES if r.system == system and platform in (None, r.platform)]
     if not found:
         there = ", ".join(r.platform for r in RECIPES if r.system == system)
-        raise UsageError(f"{system} cannot be recorded on {platform}; it can on {there}")
+        why = ELSEWHERE[system, str(platform)]
+        raise UsageError(f"{system} cannot be recorded on {platform} ({why}); it can on {there}")
     return found
 
 
@@ -164,6 +200,7 @@ def recipe_document(system: str, platform: str | None) -> dict[str, Any]:
                 "commands": list(r.commands),
                 "probes": [{"definition": known[p][0], "tried": known[p][1]} for p in r.probes],
                 "limits": r.limits,
+                "instrumented": {"groups": list(r.groups), "command": _ALL} if r.groups else None,
             }
             for r in _chosen(system, platform)
         ],
@@ -175,10 +212,13 @@ def recipe_text(system: str, platform: str | None) -> str:
     known = probes()
     lines = [f"# To check {system} ({SYSTEMS[system].title if system in SYSTEMS else ''})"]
     for r in _chosen(system, platform):
-        lines += ["", f"# on {r.platform}: {r.what}", *r.commands]
+        lines += ["", f"# on {r.platform}: {r.what}", *(c for c in r.commands if c != _ALL)]
         if r.probes:
             lines.append("# probe lines, with the kernels on which they were tried and their hits there")
             lines += [f"{known[p][0]}   # {known[p][1]}" for p in r.probes]
         if r.limits:
             lines.append(f"# limits: {r.limits}")
+        if r.groups:
+            lines.append(f"# {_INSTRUMENTED} {', '.join(r.groups)}:")
+            lines.append(_ALL)
     return "\n".join(lines)
