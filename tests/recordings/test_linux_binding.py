@@ -179,8 +179,8 @@ def test_injections_of_the_8259_are_not_the_lapics(tmp_path: Path) -> None:
     dataset = stored(SAMPLES / "ftrace-linux-6.1_40-kvm.txt.zst", tmp_path)
     assert dataset.manifest["counts"].get("kvm_inj_virq", 0) > 0
     assert "kvm_apic_accept_irq" in dataset.manifest["facts"]["apic"]
-    frame = dataset.events().filter(pl.col("dom").is_not_null()).collect()
-    assert frame.height == 0
+    frame = dataset.events().filter(pl.col("dom").is_not_null()).select(pl.col("kind").cast(pl.String)).collect()
+    assert set(frame["kind"]) <= {"ioapic.line", "ioapic.rte"}  # its pins move, the local APIC does not
 
 
 def test_arm64_stimuli(tmp_path: Path) -> None:
