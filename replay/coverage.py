@@ -28,11 +28,12 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """State of one rule: "checked", "inferred" or "blind", and why."""
+    """State of one rule: "checked", "inferred" or "blind", and why; `conf` is that of its weakest kind of event."""
 
     rule: str
     state: str
     reason: str
+    conf: int = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,5 +106,5 @@ def _rule(code: Code, observed: Mapping[str, Observation]) -> Coverage:
         return Coverage(code.name, "blind", "the rule declares no events")
     conf, kind, how = weakest
     if conf >= CHECKED_FROM:
-        return Coverage(code.name, "checked", f"{kind}: {how}")
-    return Coverage(code.name, "inferred", f"{kind} at confidence {conf}: {how}")
+        return Coverage(code.name, "checked", f"{kind}: {how}", conf)
+    return Coverage(code.name, "inferred", f"{kind} at confidence {conf}: {how}", conf)

@@ -123,6 +123,7 @@ class _Dump:
         self.abis: set[int] = set()
         self.doms: dict[int, int] = {}
         self.rows: list[Row] = []
+        self.twice = False
         self.base = min((self._first(t) for t in records.tables()), default=0)
         self.end = self.base
 
@@ -156,6 +157,16 @@ class _Dump:
         if before is None or before.conf < conf:
             self.observed[kind] = Observation(conf, how)
 
+    def lasting(self, kind: str, twice: bool, how: str) -> None:
+        """A kind that time-outs read: sure only where a second dump shows whether it lasted."""
+        self.see(kind, READ if twice else ASSUMED, how if twice else f"{how}; one dump, assumed to last")
+
+    def _twice(self, table: str) -> bool:
+        """Whether the key of a table was pressed more than once."""
+        if table not in self.records.tables():
+            return False
+        return int(self.records.scan(table).select(pl.col("snapshot").n_unique()).collect().item()) > 1
+
     def domains(self) -> dict[str, int]:
         """Domains and how many vCPUs they have, as far as seen."""
         return {str(dom): n for dom, n in sorted(self.doms.items())}
@@ -169,13 +180,14 @@ class _Dump:
             if row["dom"] is not None and row["abi"] is not None and row["state"] != "free":
                 dumps.setdefault((row["snapshot"], row["dom"]), []).append(row)
         last = max((snapshot for snapshot, _ in dumps), default=0)
+        self.twice = len({snapshot for snapshot, _ in dumps}) > 1
         for (snapshot, dom), ports in sorted(dumps.items()):
             self.doms[dom] = max(self.doms.get(dom, 0), 1 + max(p["vcpu"] or 0 for p in ports))
             fifo = ports[0]["abi"] == "fifo"
             self.abis.add(ABI_FIFO if fifo else ABI_TWO_LEVEL)
             self._word(ports[0], dom, None, SNAP_ABI, 0, ABI_FIFO if fifo else ABI_TWO_LEVEL)
             if fifo:
-                self._fifo(dom, ports)
+                self._fifo(dom, ports, last=snapshot == last)
             else:
                 self._two_level(dom, ports, last=snapshot == last)
 
@@ -185,7 +197,9 @@ class _Dump:
         self.put(at, "evtchn.snapshot", conf, how, dom=dom, vcpu=vcpu, obj=what, tgt=index, val=signed, **more)
 
     def _two_level(self, dom: int, ports: list[Row], *, last: bool) -> None:
-        self.see("evtchn.snapshot", READ, "key e: pending, mask, selector of each port, and the vCPU notified")
+        what = "key e: pending, mask, selector of each port, and the vCPU notified"
+        self.lasting("evtchn.snapshot", self.twice, what)
+        lasts = ASSUMED if last else READ  # rules about time-outs take the words to stay as they are
         words: dict[int, list[Row]] = {}
         for row in ports:
             words.setdefault(row["port"] // BITS, []).append(row)
@@ -198,8 +212,8 @@ class _Dump:
         for word, rows in sorted(words.items()):
             pending = sum(1 << r["port"] % BITS for r in rows if r["pending"])
             masked = sum(1 << r["port"] % BITS for r in rows if r["masked"])
-            self._word(rows[0], dom, None, SNAP_PENDING, word, pending)
-            self._word(rows[0], dom, None, SNAP_MASK, word, masked)
+            self._word(rows[0], dom, None, SNAP_PENDING, word, pending, conf=lasts)
+            self._word(rows[0], dom, None, SNAP_MASK, word, masked, conf=lasts)
             for r in rows:
                 selectors.setdefault(r["vcpu"] or 0, 0)
                 selectors[r["vcpu"] or 0] |= bool(r["selector"]) << word
@@ -211,7 +225,7 @@ class _Dump:
             if last:
                 self._word(row, dom, vcpu, SNAP_SEL, 0, selector, later=1, how="assumed to last", conf=ASSUMED)
 
-    def _fifo(self, dom: int, ports: list[Row]) -> None:
+    def _fifo(self, dom: int, ports: list[Row], *, last: bool) -> None:
         if self.before:
             return
         for row in ports:
@@ -219,8 +233,8 @@ class _Dump:
                 continue  # its page is not mapped
             word = sum(bit for bit, name in _FIFO_BITS if row[name]) | (row["link"] or 0)
             self.put(row, "evtchn.bind_vcpu", READ, "key e", dom=dom, obj=row["port"], tgt=row["vcpu"] or 0)
-            self.put(row, "fifo.word", READ, "key e", dom=dom, obj=row["port"], val=word)
-        self.see("fifo.word", READ, "key e: the event word of each port")
+            self.put(row, "fifo.word", ASSUMED if last else READ, "key e", dom=dom, obj=row["port"], val=word)
+        self.lasting("fifo.word", self.twice, "key e: the event word of each port")
 
     # -- key q -------------------------------------------------------------------------------------------------
 
@@ -228,6 +242,7 @@ class _Dump:
         """Upcall bytes, and who runs or blocks."""
         if self.before:
             return
+        twice = self._twice("vcpu")
         pauses = {(r["snapshot"], r["dom"], r["vcpu"]): r for r in self._read("vcpu_pause")}
         for row in self._read("vcpu"):
             dom, vcpu = row["dom"], row["vcpu"]
@@ -237,7 +252,7 @@ class _Dump:
             for what, name in ((SNAP_UPCALL_MASK, "upcall_mask"), (SNAP_UPCALL_PENDING, "upcall_pending")):
                 if row[name] is not None:
                     self._word(row, dom, vcpu, what, 0, row[name], how="key q")
-            self.see("evtchn.snapshot", READ, "key q: upcall bytes of each vCPU")
+            self.lasting("evtchn.snapshot", twice, "key q: upcall bytes of each vCPU")
             who = {"dom": dom, "vcpu": vcpu, "cpu": row["cpu"]}
             pause = pauses.get((row["snapshot"], dom, vcpu))
             if row["running"] == "T":
@@ -318,7 +333,7 @@ class _Dump:
                           if d == r["dom"] and gsi is not None and 0 <= gsi - f < len(c)), None)  # fmt: skip
             asserted = int(r["asserted"] is None if r["via"].isdigit() else r["asserted"] is not None)
             self.put(r, "via.line", READ, "key I", dom=r["dom"], obj=gsi, val=asserted, val2=count)
-            self.see("via.line", READ, "key I: callback asserted, and the GSI's count")
+            self.lasting("via.line", self._twice("hvm_callback"), "key I: callback asserted, and the GSI's count")
             if flags.get(r["dom"]):
                 self.put(r, "via.upcall_set", BOOKS, "key q: set by then", dom=r["dom"], vcpu=0)
             if r["dom"] in flags:

@@ -294,7 +294,9 @@ class TwoLevelMachine(TwoLevelRules):
         elif what in (SNAP_NOTIFY_VCPU, SNAP_GUEST_CPU):
             if 0 <= index < dom.limit:
                 channel = dom.channel(index)
-                self.rebind(dom, channel, value, what == SNAP_NOTIFY_VCPU, what == SNAP_GUEST_CPU)
+                known = channel.notify_vcpu if what == SNAP_NOTIFY_VCPU else channel.guest_cpu
+                if known != value:  # what is as it was begins nothing anew
+                    self.rebind(dom, channel, value, what == SNAP_NOTIFY_VCPU, what == SNAP_GUEST_CPU)
         elif v >= 0:
             self.learn_vcpu(dom, dom.vcpu(v), what, value)
 
