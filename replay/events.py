@@ -79,7 +79,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("via.eoi", "callback", "response", "dom, vcpu, obj=vector if known"),
     Kind("via.line", "callback", "outcome", "dom, obj=gsi, val=0/1: the callback's own contribution"),
     Kind("via.isr_begin", "callback", "response", "dom, vcpu, obj=vector: the guest's handler starts"),
-    Kind("via.isr_end", "callback", "response", "dom, vcpu, obj=vector: the guest's handler returns"),
+    Kind("via.isr_end", "callback", "response", "dom, vcpu, obj=vector, val=handlers that ran inside: it returns"),
     # -- S3.2 vGIC -------------------------------------------------------------------------------------------
     Kind("vgic.phys_irq", "vgic", "stimulus", "obj=INTID, cpu if known: device edge at the distributor"),
     Kind("vgic.itargets", "vgic", "stimulus", "vcpu=writer, obj=INTID, tgt=new vcpu"),

@@ -173,9 +173,18 @@ def _handlers(
     who = {"dom": found.dom, "vcpu": pl.col("cpu"), "cpu": None}
     mine = entries.filter(pl.col("irq") == found.irq).sort("seq")
     ends = exits.filter(pl.col("irq") == found.irq).sort("seq")
+    frames: dict[str, pl.DataFrame] = {}
     yield event(mine, "via.isr_begin", _ENTRY, **who, obj=found.vector)
-    yield event(ends, "via.isr_end", _EXIT, **who, obj=found.vector)
     # The handlers of event channels run inside the platform interrupt's own.
+    inside = entries.filter(pl.col("irq") != found.irq).sort("seq")
+    inside = inside.with_columns(n=pl.int_range(1, pl.len() + 1).over("cpu"))
+    count = inside.select("seq", "cpu", "n").sort("seq")
+    for name, frame in (("before", mine), ("until", ends)):
+        seen = frame.join_asof(count, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+        frames[name] = seen.with_columns(pl.col("n").fill_null(0))
+    begins = frames["before"].select("seq", "cpu", before=pl.col("n"))
+    ended = frames["until"].join_asof(begins, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+    yield event(ended, "via.isr_end", _EXIT, **who, obj=found.vector, val=(pl.col("n") - pl.col("before")).clip(0))
     nested = entries.filter(pl.col("irq") != found.irq).select("seq", "cpu", work=pl.col("seq")).sort("seq")
     worked = (
         _next_on_cpu(_next_on_cpu(mine, ends.select("seq", "cpu", end=pl.col("seq"))), nested)

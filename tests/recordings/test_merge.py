@@ -245,6 +245,45 @@ def test_a_healthy_callback_raises_nothing_and_the_2008_code_would_have(estimate
     assert runs["current"]["useful_injections"] > 500
 
 
+def test_each_injection_has_its_handler_its_upcall_and_its_eoi(estimated: Dataset) -> None:
+    """Against the record tables: who follows whom in time, and what was between an EOI and the next injection."""
+    metrics = replay_dataset(estimated, Settings(systems=("callback",)))[0]["metrics"]
+    keep = ("seq", "t_ns", "cpu")
+    injected = estimated.scan("TRC_HVM_INJ_VIRQ").filter(pl.col("vector") == 0x21).select(keep).collect()
+    entries = estimated.scan("irq_handler_entry").select(*keep, "irq").collect().sort("t_ns")
+    handlers = entries.filter((pl.col("irq") == 24) & (pl.col("t_ns") < int(injected["t_ns"].max()) + 1_000_000))
+    pairs = handlers.join_asof(
+        injected.sort("t_ns").select("t_ns", injection=pl.col("seq")), on="t_ns", strategy="backward"
+    )
+    assert pairs["injection"].n_unique() == pairs.height == metrics["matched_handler"] == 539
+    first = int(pairs["injection"].min())
+    assert injected.filter(pl.col("seq") >= first).height == 539
+    assert metrics["unmatched_injections"] == metrics["unmatched_handlers"] == 0
+    # An upcall is a loop's turn between a handler and the next one; the probe came a little later than the handlers.
+    turns = estimated.scan("h2l").select("t_ns", turn=pl.col("seq")).collect().sort("t_ns")
+    ends = estimated.scan("irq_handler_exit").filter(pl.col("irq") == 24).select("t_ns", end=pl.col("t_ns")).collect()
+    inside = handlers.join_asof(ends.sort("t_ns"), on="t_ns", strategy="forward").join_asof(
+        turns.with_columns(at=pl.col("t_ns")), on="t_ns", strategy="forward"
+    )
+    assert inside.filter(pl.col("at") < pl.col("end")).height == metrics["matched_upcall"] == 528
+    assert metrics["matched_all"] == 528 and metrics["matched_eoi"] == metrics["injections"] == 807
+    # Repeated: injected at the exit of the EOI itself, with no VM entry between. Every handler found work.
+    steps = [
+        estimated.scan(name).filter(chosen).select("cpu", "seq", what=pl.lit(what)).collect()
+        for name, what, chosen in (
+            ("TRC_HVM_INJ_VIRQ", "inject", pl.col("vector") == 0x21),
+            ("TRC_HVM_MSR_WRITE", "eoi", pl.col("msr") == 0x80B),
+            ("TRC_HVM_VMENTRY", "entry", pl.lit(True)),
+        )
+    ]
+    order = pl.concat(steps).sort("cpu", "seq").with_columns(before=pl.col("what").shift(1).over("cpu"))
+    at_once = order.filter((pl.col("what") == "inject") & (pl.col("before") == "eoi")).height
+    assert metrics["repeated_injections"] == at_once == 0
+    nested = entries.filter(pl.col("irq") != 24).select("t_ns", work=pl.col("t_ns"))
+    idle = inside.join_asof(nested, on="t_ns", strategy="forward").filter(pl.col("work") > pl.col("end")).height
+    assert metrics["handlers_without_work"] == idle == 0
+
+
 def test_the_handler_follows_its_injection(estimated: Dataset) -> None:
     """In the canonical order too, for all but the handlers of which the injection was not recorded."""
     events = (

@@ -275,6 +275,9 @@ class CallbackMachine(Machine):
             elif kind == ISR_BEGIN:
                 self.recorded_begin(d, v, obj)
             elif kind == ISR_END:
+                if val != NIL:
+                    d.vcpu(v).work += val
+                d.matching.ended(v, d.vcpu(v).work > 0)
                 self.monitor.handler_ended(d, d.vcpu(v))
             elif kind == HANDLED:
                 d.vcpu(v).work += 1
@@ -335,7 +338,10 @@ class CallbackMachine(Machine):
             return
         d.took(v, vector)
         if vector == d.vector:
-            self.monitor.injected(d, d.vcpu(v), self.now, self.seq, conf)
+            u = d.vcpu(v)
+            ahead = u.ahead_t != NIL and self.now - u.ahead_t <= self.monitor.clock_slack_ns
+            self.monitor.injected(d, u, self.now, self.seq, conf)
+            d.matching.injected(v, u.repeated, ahead)
 
     def recorded_eoi(self, d: Domain, v: int, named: int) -> None:
         """V5 as recorded: the highest ISR bit goes; a named vector that is not in service says that we missed it."""
@@ -357,6 +363,7 @@ class CallbackMachine(Machine):
             vector = d.eoi(v, self.seq)
         if vector == d.vector:
             d.story.append((self.now, self.seq, EOI_WORD, v))
+            d.matching.eoi(v)
             self.monitor.callback_eoi(d, u, self.now, self.seq)
             u.entries_since_eoi = 0
 
@@ -364,6 +371,7 @@ class CallbackMachine(Machine):
         """The guest's handler of the callback starts; it names the vector if nothing else did."""
         u = d.vcpu(v)
         d.handlers += 1
+        d.matching.begun(v)
         u.work = 0
         if d.vector == NONE and vector != NONE:
             d.vector = vector
@@ -383,6 +391,7 @@ class CallbackMachine(Machine):
         """The handler clears the flag; `val` says what it found there. It stays clear if sets are recorded."""
         if v == NONE:
             v = 0
+        d.matching.cleared(v)
         self.monitor.read(d, d.vcpu(v), UNKNOWN if found == NIL else int(found != 0))
         self.monitor.flag_cleared(d, v, self.now, self.seq)
         d.flag = 0 if self.monitor.sees_sets else UNKNOWN
@@ -457,5 +466,8 @@ class CallbackMachine(Machine):
         else:
             result["handlers"] = sum(d.handlers for d in ds)
             result["handlers_without_work"] = sum(d.no_work for d in ds)
+            matched = [d.matching.finish() for d in ds]
+            for name in matched[0] if result["handlers"] else ():
+                result[name] = sum(counts[name] for counts in matched)
             result["eois_unmatched"] = sum(d.eois_unmatched for d in ds)
         return result

@@ -144,6 +144,7 @@ class CallbackMonitor:
         u.reads_at_injection = d.reads
         u.sets_at_injection = d.sets
         u.after_eoi = u.entries_since_eoi == 0 or (u.entries_since_eoi == 1 and u.last_entry_t == t)
+        u.repeated = u.after_eoi and d.callback_eoi_t != NIL
         u.begun = False
         if u.ahead_t != NIL and t - u.ahead_t <= self.clock_slack_ns and d.flag == UNKNOWN:
             # The guest's clock runs a little ahead: this handler was seen before its injection (0.1).

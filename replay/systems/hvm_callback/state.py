@@ -14,6 +14,7 @@ from replay.hardware.ioapic import LOWEST_PRIORITY, MAYBE, SEND, IoApic, Pin
 from replay.hardware.lapic import vector_class
 from replay.knowledge import UNKNOWN
 from replay.sink import Evidence
+from replay.systems.hvm_callback.matching import Matching
 from replay.systems.hvm_callback.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Domain:
         self.sets = 0
         self.story: deque[tuple[int, int, int, int]] = deque(maxlen=_STORY)
         # Metrics.
+        self.matching = Matching(machine.monitor.storm_count)
         self.irq_lock_taken = 0
         self.vm_entries = 0
         self.injections = 0
@@ -364,6 +366,7 @@ class Domain:
     def forget(self) -> None:
         """Records were lost (U2): whatever they could have changed is unknown."""
         self.known = False
+        self.matching.forget()
         self.flag = UNKNOWN
         self.set_t = NIL
         self.clear_t = NIL

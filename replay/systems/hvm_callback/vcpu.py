@@ -19,7 +19,7 @@ class Vcpu:
     __slots__ = (
         "after_eoi", "ahead_t", "begun", "blocked", "entries_since_eoi", "flag_at_injection", "injected_conf",
         "injected_seq", "injected_t", "lapic", "last_entry_t", "number", "offline", "others_at_injection",
-        "reads_at_injection", "ready_since", "running", "sets_at_injection", "work",
+        "reads_at_injection", "ready_since", "repeated", "running", "sets_at_injection", "work",
     )  # fmt: skip
 
     def __init__(self, number: int, *, known: bool) -> None:
@@ -33,6 +33,7 @@ class Vcpu:
         self.last_entry_t = NIL
         self.ahead_t = NIL
         self.work = 0
+        self.repeated = False  # the last injection came right at the EOI of the one before
         self.forget_injection()
 
     def forget_injection(self) -> None:
