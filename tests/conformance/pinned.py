@@ -28,7 +28,7 @@ from replay.events import KIND_ID, KINDS, events_from_json
 from replay.scenario import load_scenario
 from replay.sink import Finding
 from replay.systems import SYSTEMS
-from tests.conformance.pinned_grammar import GRAMMAR, SETTINGS, STEPS
+from tests.conformance.pinned_grammar import GRAMMAR, SETTINGS, STEPS, Setting
 from tracetool.replaying import MEASURED_COLUMNS
 from tracetool.seeded import BUGS, Bug
 
@@ -42,7 +42,7 @@ FED = ("stimulus", "context", "response", "marker")
 #: Kinds of runs; each is a test of its own.
 GROUPS = ("scenarios", "seeded", "damaged", "what-ifs", "random", "random-closed")
 #: Events of a damaged slice and of a random stream; slices of each seeded recording, random streams for each policy.
-SLICE, STREAM, SLICES, STREAMS = 400, 500, 4, 3
+SLICE, STREAM, SLICES, STREAMS = 400, 500, 4, 6
 WORDS = tuple(f.name for f in fields(Finding) if f.name not in ("code", "cause"))
 
 
@@ -215,10 +215,10 @@ def _what_ifs(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
                     )
 
 
-def _stream(system: str, seed: int) -> list[Event]:
+def _stream(system: str, phrases_of: str, seed: int) -> list[Event]:
     """Events of a system's grammar, in an order that nothing but chance decides."""
     draw = random.Random(seed)
-    phrases = GRAMMAR[system]
+    phrases = GRAMMAR[phrases_of]
     out: list[Event] = []
     t = 0
     while len(out) < STREAM:
@@ -237,28 +237,30 @@ def _stream(system: str, seed: int) -> list[Event]:
 
 def _random(system: str, *, closed: bool = False) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Streams that no machine could have made."""
-    for number, (config, init) in enumerate(SETTINGS[system] * (1 if closed else STREAMS)):
-        for policy in SYSTEMS[system].policies:
+    settings = SETTINGS[system]
+    for number in range(len(settings) * STREAMS):
+        setting = settings[number % len(settings)]
+        for policy in setting.policies or SYSTEMS[system].policies:
             for known in (True,) if closed else (True, False):
                 yield (
-                    f"{'closed' if closed else 'open'} stream {number} {policy} {'known' if known else 'unknown'}",
-                    partial(_random_run, system, policy, number, closed, known, config, init),
+                    f"stream {number} {policy} {'known' if known else 'unknown'}",
+                    partial(_random_run, system, policy, number, closed, known, setting),
                 )
 
 
-def _random_run(
-    system: str, policy: str, number: int, closed: bool, known: bool, config: dict[str, Any], init: dict[str, Any]
-) -> Run:
+def _random_run(system: str, policy: str, number: int, closed: bool, known: bool, setting: Setting) -> Run:
     s = SYSTEMS[system]
-    events = _stream(system, number)
+    events = _stream(system, setting.phrases or system, number)
     if closed:
-        events = [e for e in events if KINDS[KIND_ID[e["kind"]]].role in ("stimulus", "context")]
-    # Every third stream comes from a recorder that shows some kinds only.
-    shown = frozenset(k for i, k in enumerate(sorted({e["kind"] for e in events})) if (i + number) % 5)
+        given = [e for e in events if KINDS[KIND_ID[e["kind"]]].role in ("stimulus", "context")]
+        events = given[: SLICE // 2] or events[:1]
+    kinds = sorted({e["kind"] for e in events})
+    # Of all that happens; of a recorder that shows all these kinds; of one that shows some only.
+    observed = [None, frozenset(kinds), frozenset(k for i, k in enumerate(kinds) if (i + number) % 5)]
     return run_machine(
-        s, policy, [events_from_json(events)], config=Config(s.parameters, config), closed=closed, init=init,
-        t_end=events[-1]["t"] + 50_000_000, from_boot=known,
-        observed=shown if number % 3 == 2 and not closed else None,
+        s, policy, [events_from_json(events)], config=Config(s.parameters, setting.config), closed=closed,
+        init=setting.init, sub=setting.sub, t_end=events[-1]["t"] + (1_000_000 if closed else 50_000_000),
+        from_boot=known, observed=None if closed else observed[number // len(SETTINGS[system]) % 3],
     )  # fmt: skip
 
 
@@ -313,7 +315,7 @@ def _written(system: str) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("system", nargs="*", default=sorted(GRAMMAR))
+    parser.add_argument("system", nargs="*", default=sorted(SETTINGS))
     parser.add_argument("--write", action="store_true", help="write the digests anew")
     parser.add_argument("--show", metavar="RUN", help='print a run in full, e.g. "damaged, hpet slice 2 current"')
     options = parser.parse_args()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["GRAMMAR", "SETTINGS", "STEPS"]
+__all__ = ["GRAMMAR", "SETTINGS", "STEPS", "Setting"]
 
 PHRASES: Final = Path(__file__).with_name("pinned") / "phrases.txt"
 
@@ -29,7 +30,7 @@ def _phrase(words: str) -> Phrase:
 #: Nanoseconds between events.
 STEPS: Final[dict[str, tuple[int, ...]]] = {
     "hpet": (0, 100, 500, 2_000, 20_000, 60_000, 200_000, 5_000_000),
-    "callback": (0, 0, 100, 500, 1_000, 20_000, 150_000, 3_000_000),
+    "callback": (0, 0, 100, 500, 1_000, 5_000, 20_000, 150_000),
     "vgic": (0, 0, 100, 500, 1_000, 4_000, 60_000, 200_000, 20_000_000),
     "irqflow": (0, 0, 50, 100, 3_000, 10_000, 60_000, 20_000_000),
     "evtchn": (0, 0, 20, 100, 1_000, 9_950, 20_000, 200_000),
@@ -50,13 +51,36 @@ def _grammar() -> dict[str, tuple[Phrase, ...]]:
 
 GRAMMAR: Final = _grammar()
 
-#: Configuration and initial state of the streams, one after the other.
-SETTINGS: Final[dict[str, tuple[tuple[dict[str, Any], dict[str, Any]], ...]]] = {
-    "hpet": (({"n_channels": 2, "n_cpus": 4}, {}), ({"n_channels": 1, "n_cpus": 4, "stack_limit": 1}, {})),
-    "callback": (({}, {}), ({"late_assert_ns": 1_000, "apic_id_stride": 2}, {})),
-    "vgic": (({"vcpus": 3}, {}), ({"vcpus": 3, "nr_lrs": 1, "phys_follows": "fixed"}, {})),
-    "irqflow": (({}, {}), ({"lateeoi_ns": 5_000}, {})),
-    "evtchn": (({}, {}), ({"bits_per_word": 32}, {"S5": {"pending": [65], "masked": [65, 3]}})),
-    "apic": (({}, {}), ({"nesting_limit": 1, "t_err_ns": 50}, {})),
-    "gic": (({}, {}), ({}, {})),
-}
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Configuration, initial state and variant of a machine that is fed with streams; `phrases` if not its system's."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    init: dict[str, Any] = field(default_factory=dict)
+    sub: str = ""
+    phrases: str = ""
+    policies: tuple[str, ...] = ()
+
+
+#: One after the other.
+SETTINGS: Final[dict[str, tuple[Setting, ...]]] = {
+    "hpet": (
+        Setting({"n_channels": 2, "n_cpus": 4}),
+        Setting({"n_channels": 1, "n_cpus": 4, "stack_limit": 1}),
+        Setting({"n_cpus": 4}, sub="mwait", phrases="mwait"),
+    ),
+    "callback": (Setting(), Setting({"late_assert_ns": 1_000, "apic_id_stride": 2})),
+    "vgic": (Setting({"vcpus": 3}), Setting({"vcpus": 3, "nr_lrs": 1, "phys_follows": "fixed"})),
+    "irqflow": (Setting(), Setting({"lateeoi_ns": 5_000})),
+    "evtchn": (
+        Setting(policies=("current", "proposed", "modern")),
+        Setting(
+            {"bits_per_word": 32}, {"S5": {"pending": [65], "masked": [65, 3]}},
+            policies=("current", "proposed", "modern"),
+        ),
+        Setting(sub="fifo", phrases="fifo", policies=("any",)),
+        Setting(sub="mixed", policies=("current", "modern")),
+    ),
+    "apic": (Setting(), Setting({"nesting_limit": 1, "t_err_ns": 50})),
+    "gic": (Setting(), Setting()),
+}  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.conformance.pinned import GROUPS, known_names, lines, pinned
-from tests.conformance.pinned_grammar import GRAMMAR
+from tests.conformance.pinned_grammar import SETTINGS
 
-CASES = [(system, group) for system in GRAMMAR for group in GROUPS]
+CASES = [(system, group) for system in SETTINGS for group in GROUPS]
 
 
 @pytest.mark.parametrize(("system", "group"), CASES, ids=["-".join(case) for case in CASES])
