@@ -191,6 +191,8 @@ def contract(runs: Sequence[Mapping[str, Any]]) -> str:
                 "mode": run["mode"],
                 "verdict": run["verdict"],
                 "horizon_ns": run["horizon_ns"],
+                "seen": run["seen"],
+                "calibration": run["calibration"],
                 "findings": [{key: finding[key] for key in CONTRACT} for finding in run["findings"]],
                 "metrics": run["metrics"],
             }

@@ -89,7 +89,11 @@ def test_replay_json_follows_the_contract(dataset: Path, tmp_path: Path) -> None
     document = json.loads(done.stdout)
     assert list(document) == ["schema", "runs", "coverage"]
     verify, what_if = document["runs"]
-    assert list(verify) == ["system", "policy", "mode", "verdict", "horizon_ns", "findings", "metrics"]
+    assert list(verify) == [
+        "system", "policy", "mode", "verdict", "horizon_ns", "seen", "calibration", "findings", "metrics",
+    ]  # fmt: skip
+    assert verify["calibration"] is None and what_if["calibration"]["state"] in ("calibrated", "uncalibrated")
+    assert verify["seen"]["blind"] == sum(c["state"] == "blind" for c in document["coverage"])
     assert (verify["system"], verify["policy"], verify["mode"]) == ("hpet", "current", "verify")
     assert (what_if["policy"], what_if["mode"]) == ("proposed", "what-if")
     assert what_if["horizon_ns"] is not None
