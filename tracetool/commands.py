@@ -14,6 +14,7 @@ from replay.systems import SYSTEMS
 from tracetool import describe, exits, terminal
 from tracetool.ingest import IngestOptions
 from tracetool.ingest import ingest as run_ingest
+from tracetool.output import spare_inputs
 from tracetool.request import Request, check_severity, exit_code, open_dataset, replayed, say_damage
 from tracetool.results import contract, run_record
 from tracetool.store import Dataset
@@ -103,6 +104,7 @@ def report(request: Request, output: Path | None, bundle: Path | None, *, json: 
         check_suffix(path, bundle=path is bundle)
     if output is None and bundle is None:
         raise UsageError("where to? give -o report.html, or --bundle OUT.zip")
+    spare_inputs((output, bundle), request.target)
     settings = request.settings()
     dataset = open_dataset(request.target, request.options)
     runs = replayed(dataset, settings)

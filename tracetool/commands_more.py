@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from replay.declare import UsageError
 from tracetool import commands, exits, terminal
+from tracetool.output import spare_inputs
 from tracetool.request import Request, check_severity, open_dataset, replayed
 from tracetool.store import Dataset
 
@@ -73,6 +74,7 @@ def query(
         raise UsageError("-o needs a query: tracetool query DATASET 'SELECT …' -o FILE")
     if output is None and format in ("parquet", "arrow"):
         raise UsageError(f"{format} is not for a terminal: give -o FILE")
+    spare_inputs((output,), request.target)
     dataset = open_dataset(request.target, request.options)
     if sql is None:
         return _help(dataset, table, json=json)
@@ -133,6 +135,7 @@ def export(request: Request, output: Path, *, start: float | None, end: float | 
     from tracetool.export.perfetto import require
 
     require()  # before minutes of work
+    spare_inputs((output,), request.target)
     dataset = open_dataset(request.target, request.options)
     runs = replayed(dataset, request.settings())
     with terminal.progress_bar() as bar:

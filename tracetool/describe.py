@@ -60,7 +60,7 @@ def ingest_text(done: Ingested) -> str:
     span = m["span"]
     unit = m["clock"]["unit"]
     lines = [
-        f"{done.path}: {span['records']:,} records, {_seconds(span['t1_ns'] - span['t0_ns'], unit)}, "
+        f"{clean(str(done.path))}: {span['records']:,} records, {_seconds(span['t1_ns'] - span['t0_ns'], unit)}, "
         f"{len(m['cpus'])} CPUs, {m['events']:,} canonical events",
         f"  clock    {_clock(m['clock'])}",
         f"  bytes    {m['bytes']['parsed']:,} parsed, {m['bytes']['skipped']:,} skipped of {m['bytes']['total']:,}",
@@ -196,7 +196,7 @@ def _gaps(document: Mapping[str, Any]) -> str:
 def _coverage_lines(name: str, rules: Sequence[Mapping[str, str]], why: Any, state: str) -> list[str]:
     states = {s: [r for r in rules if r["state"] == s] for s in ("checked", "inferred", "blind")}
     counted = ", ".join(f"{len(v)} {k}" for k, v in states.items() if v)
-    reason = f"  ({why})" if isinstance(why, str) else ""
+    reason = f"  ({clean(why)})" if isinstance(why, str) else ""
     lines = [f"  {name:<9} {counted}{reason}"]
     if state == "inconclusive":
         lines.append("            no rule for an error can be decided: finding nothing will not mean clean")

@@ -165,6 +165,22 @@ def test_ctrl_c_is_one_line_and_130(
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+def test_an_output_never_replaces_the_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recording = tmp_path / "r.txt"
+    recording.write_bytes(SAMPLE.read_bytes())
+    (tmp_path / "same.html").symlink_to(recording)
+    (tmp_path / "same.csv").hardlink_to(recording)
+    sample_dataset(tmp_path / "d")
+    for command in (
+        ["report", str(recording), "-o", str(recording)], ["report", str(recording), "-o", f"{tmp_path}/same.html"],
+        ["query", str(recording), "SELECT 1", "-o", f"{tmp_path}/same.csv"],
+        ["report", f"{tmp_path}/d", "-o", f"{tmp_path}/d/manifest.json"],
+    ):  # fmt: skip
+        assert run(command) == 2
+        assert "choose another" in capfd.readouterr().err
+    assert recording.read_bytes() == SAMPLE.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.02, 0.2, 0.5, 1.0, 1.5, 2.0])
 def test_a_real_ctrl_c(after: float, tmp_path: Path) -> None:

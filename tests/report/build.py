@@ -30,6 +30,8 @@ HOSTILE = (
     "abc\u202edcba\u2066x",
     "line\nbreak\r\ttab\x00nul",
     "[bold red]markup[/bold red] `code` | pipe *star* <b>",
+    "# heading\n\n* list\n\n| a |\n|---|\n| [link](http://e.example/) ![image](x.png) |\n\n```\nfence",
+    "fixes #1, GH-2, @someone, me@e.example, www.e.example https://e.example/x &lt;b&gt; ]]> <![CDATA[x",
     "\udcff\udcfe",
 )
 
@@ -220,10 +222,10 @@ def scattered(i: int, end: int, cpus: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def hostile(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
-    """Every string that comes from outside is one of HOSTILE."""
+def hostile(path: Path, strings: Sequence[str] = HOSTILE) -> tuple[Dataset, list[dict[str, Any]]]:
+    """Every string that comes from outside is one of `strings`."""
     data, runs = handover(path)
-    bad = list(HOSTILE)
+    bad = list(strings)
     manifest = {
         **MANIFEST,
         "inputs": [{"name": b, "format": b, "sha256": b, "bytes": 1, "source": b} for b in bad],
@@ -244,4 +246,12 @@ def hostile(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
         for i, b in enumerate(bad)
     ]  # fmt: skip
     run["coverage"] = [{**c, "reason": bad[i % len(bad)]} for i, c in enumerate(run["coverage"])]
-    return data, [run]
+    run["extra"] = {b: [{b: b, "n": {b: [b]}}] for b in bad}
+    run["metrics"] = dict.fromkeys(bad, 1)
+    run["recorded"] = {"policy": bad[0], "why": bad[8]}
+    other = {
+        **runs[1], "policy": bad[8], "title": bad[0], "metrics": dict.fromkeys(bad, 2),
+        "calibration": {"state": "uncalibrated", "reasons": bad, "metrics": dict.fromkeys(bad, (1, 2))},
+        "findings": [{**f, "expected": b, "observed": b} for f, b in zip(run["findings"], bad, strict=True)],
+    }  # fmt: skip
+    return data, [run, other]

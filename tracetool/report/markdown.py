@@ -18,6 +18,8 @@ __all__ = ["escape", "render"]
 STORIES: Final = 12
 LISTED: Final = 100
 _SPECIAL: Final = re.compile(r"([\\`*_\[\]|~@$])")
+#: What trackers make a link of; a character without width behind it keeps them from it.
+_LINKED: Final = re.compile(r":(?=//)|(?:@|#|\bGH(?=-)|\bwww(?=\.))", re.IGNORECASE)
 #: What makes a heading, a list, a quotation or a rule at the start of a line.
 _OPENING: Final = re.compile(r"^(\s*)([-+#>=]|\d+(?=[.)](?:\s|$)))")
 
@@ -26,8 +28,8 @@ def escape(text: object) -> str:
     """Text that Markdown shows as it is: no markup, link, mention, HTML or table cell of its own."""
     safe = _SPECIAL.sub(r"\\\1", clean(text)).replace("&", "&amp;").replace("<", "&lt;")
     safe = _OPENING.sub(lambda m: m[1] + (f"\\{m[2]}" if not m[2].isdigit() else f"{m[2]}\u2060"), safe)
-    # Addresses would become links by themselves.
-    return safe.replace("://", ":\u2060//").replace("www.", "www\u2060.")
+    # Addresses, people and issues would become links by themselves, and issues would be told of the mention.
+    return _LINKED.sub(lambda m: m[0] + "\u2060", safe)
 
 
 def _code(text: object) -> str:

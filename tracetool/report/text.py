@@ -134,7 +134,7 @@ def story_lines(story: Story, times: Times, width: int = 72, *, gaps_known: bool
 def _beside(table: Table, width: int) -> list[str]:
     """A table in columns; where it is too wide for that, each row as a list of its cells."""
     out = [*lines(table.title, width), *lines(table.note, width, indent="  ", first="  ")]
-    heads, rows = table.heads(), [[clean(cell) for cell in row] for row in table.shown]
+    heads, rows = [clean(h) for h in table.heads()], [[clean(cell) for cell in row] for row in table.shown]
     wide = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(heads)]
     if 2 + sum(wide) + 2 * (len(wide) - 1) <= width:
         for row in (heads, *rows):

@@ -108,7 +108,7 @@ def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
     verdict = overall(runs)
     found = [(run, group) for run in judged for group in fold(run["findings"])]
     if verdict == "findings":
-        worst = [(r, g) for r, g in found if g[0]["severity"] in ("error", "warn")]
+        worst = [(r, g) for r, g in found if g[0]["severity"] in ("error", "warn")] or found
         run, group = min(worst, key=lambda x: episode_key(x[1]))
         code = code_of(run, group[0]["code"])
         doc = _inside(code.doc) if code else group[0]["code"]
