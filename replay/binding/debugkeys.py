@@ -19,6 +19,7 @@ from typing import Any, Final
 import polars as pl
 import pyarrow as pa
 
+from replay.binding import reading
 from replay.binding.base import COLUMNS, Assembler, Bound, Context, Records, lost_events
 from replay.coverage import Observation
 from replay.hardware.evtchn_two_level import (
@@ -88,7 +89,7 @@ def bind(records: Records, context: Context) -> Bound:
     tables = records.tables()
     if not {"evtchn", "ioapic_irq", "ioapic_rte", "vcpu", "hvm_callback"} & tables:
         why = "a snapshot without event channels, IOAPIC entries, vCPUs or HVM lines: kept as tables, read by no rule"
-        return Bound({}, {"binding": why}, iter(()))
+        return Bound({}, {"binding": why, **reading.facts(records)}, iter(()))
     dump = _Dump(records, context)
     dump.event_channels()
     dump.vcpus()
@@ -99,6 +100,7 @@ def bind(records: Records, context: Context) -> Bound:
         "dump of the same key it is assumed to have lasted (confidence 50)",
         "snapshot_end_ns": dump.end + HOLD_NS,
         "domains": dump.domains(),
+        **reading.facts(records),
     }
     if hpet_irqs(records):
         facts["hpet_irqs"] = list(hpet_irqs(records))

@@ -216,3 +216,43 @@ def test_other_snapshots_beside_a_recording_are_kept_as_tables(name: str, tmp_pa
     document = json.loads(capsys.readouterr().out)
     assert document["bytes"]["total"] == TRACE.stat().st_size + (SAMPLES / name).stat().st_size
     assert set(document["records"]) & {"interrupt", "hrtimer", "lsevtchn"}
+
+
+def said(path: Path, folder: Path, capsys: Capture) -> dict[str, Any]:
+    """The facts of an ingested snapshot, all of which `info` prints beside the system."""
+    assert main(["ingest", str(path), "-o", str(folder / "d"), "--force", "--json"]) == 0
+    capsys.readouterr()
+    facts: dict[str, Any] = json.loads((folder / "d" / "manifest.json").read_text())["facts"]
+    main(["info", str(folder / "d")])
+    printed = capsys.readouterr().out
+    assert all(facts[system] in printed for system in ("hpet", "apic") if system in facts)
+    return facts
+
+
+def test_proc_interrupts_tell_of_channels_on_other_cpus(tmp_path: Path, capsys: Capture) -> None:
+    """The one hpet4 interrupt on CPU 2 and the one hpet5 on CPU 3, which lie in no recording of that machine."""
+    path = SAMPLES / "proc-interrupts-hpet.txt"
+    told = said(path, tmp_path, capsys)["hpet"]
+    assert "1 of 10250 interrupts of hpet4 on CPU 2, its own is CPU 1" in told
+    assert "1 of 7044 interrupts of hpet5 on CPU 3, its own is CPU 2" in told
+    assert "hpet3" not in told and "hpet6" not in told and "when is not told" in told
+    text = path.read_text()
+    healthy = tmp_path / "healthy.txt"
+    own = text.replace("10249          1", "10250          0").replace("7043          1", "7044          0")
+    healthy.write_text(own)
+    assert "every HPET channel on its own CPU since boot" in said(healthy, tmp_path, capsys)["hpet"]
+    later = tmp_path / "later.txt"  # two copies: what came between them
+    again = text.replace("       7936 ", "       8936 ").replace("10249          1", "10349          4")
+    later.write_text(text + again)
+    told = said(later, tmp_path, capsys)["hpet"]
+    assert told.startswith("/proc/interrupts between the first and the last copy: ")
+    assert "3 of 103 interrupts of hpet4 on CPU 2" in told
+    assert "hpet5" not in told
+
+
+def test_other_keys_are_for_reading(tmp_path: Path, capsys: Capture) -> None:
+    facts = said(SAMPLES / "xen-debug-keys.txt.zst", tmp_path, capsys)
+    assert facts["hpet"].startswith("key a: 1 of 12 pending timers overdue, the worst by 7788 us on CPU 2")
+    assert "key c: residency of C-states" in facts["hpet"]
+    assert "IRQ 24 to APIC 1, IRQ 25 to APIC 2, IRQ 26 to APIC 1" in facts["apic"]
+    assert "8 pending timers, none overdue" in said(SAMPLES / "proc-timer_list.txt", tmp_path, capsys)["hpet"]
