@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from replay.systems import SYSTEMS
 
 APIC = SYSTEMS["apic"]
 CALM = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+LONG = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -82,6 +84,21 @@ def test_any_gap_may_be_there(events: list[dict[str, Any]], start: int, length: 
         return
     gap = {"t": lost[-1]["t"], "kind": "trace.lost", "val": lost[0]["t"]}
     assert codes(run([*head, gap, *tail], known=True)) == Counter()
+
+
+@pytest.mark.slow
+@LONG
+@given(recordings(), st.integers(0, 200), st.integers(1, 60))
+def test_correct_hardware_longer(events: list[dict[str, Any]], start: int, length: int) -> None:
+    """Clean and conserved whole, without its beginning, and with a gap."""
+    result = run(events, known=True)
+    assert codes(result) == Counter()
+    assert result.metrics["deliveries"] == result.metrics["eois"] + result.metrics["in_service_at_end"]
+    assert codes(run(events[start:], known=False)) == Counter()
+    head, lost, tail = events[:start], events[start : start + length], events[start + length :]
+    if lost:
+        gap = {"t": lost[-1]["t"], "kind": "trace.lost", "val": lost[0]["t"]}
+        assert codes(run([*head, gap, *tail], known=True)) == Counter()
 
 
 @CALM

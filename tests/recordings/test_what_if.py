@@ -158,6 +158,15 @@ def test_edges_of_the_arm_sample_are_predicted(tmp_path: Path) -> None:
     assert runs["vgic maintenance"]["metrics"]["bodies_synthetic"] == 0
 
 
+def test_a_virtual_gic_without_retargets_is_about_nothing(tmp_path: Path) -> None:
+    """KVM's trace points show arrivals, but neither writes to ITARGETSR nor list registers."""
+    dataset = stored(SAMPLES / "ftrace-arm64-gic2_40-kvm.txt.zst", tmp_path)
+    run = replayed(dataset, "vgic=maintenance", recorded={"vgic": "merged"})["vgic maintenance"]
+    assert run["verdict"] == "inconclusive"
+    assert run["calibration"]["state"] == "uncalibrated"
+    assert run["calibration"]["reasons"][0].startswith("vgic.itargets is not recorded")
+
+
 def test_recorded_policies_are_checked() -> None:
     assert choose_recorded(["irqflow=current", "hpet=proposed"]) == {"irqflow": "level", "hpet": "proposed"}
     for wrong in ("irqflow", "nothing=edge", "irqflow=nothing"):

@@ -7,6 +7,9 @@ from typing import Final
 __all__ = ["UNIT_TESTED"]
 
 UNIT_TESTED: Final[frozenset[str]] = frozenset({
+    "hpet-wrong-cpu", "hpet-affinity-stale", "hpet-nested-irq", "hpet-stack-depth", "hpet-blocked-by-isr",
+    "hpet-late-wakeup", "hpet-missed-wakeup", "hpet-early-wakeup", "hpet-spurious-irq", "hpet-retarget",
+    "hpet-masked-expiry", "hpet-orphan-member", "hpet-owner-not-idle", "hpet-bad-choice", "mwait-lost-wakeup",
     "via-stale-assert", "via-spurious-inject", "via-inject-storm", "via-late-assert", "via-late-delivery",
     "via-lost-callback", "via-remote-irr-stuck", "via-eoi-unmatched", "via-count-mismatch",
     "vgic-delivered-old-target", "vgic-queued-stranded", "vgic-lr-foreign-access", "vgic-duplicate-lr",
