@@ -129,6 +129,8 @@ def test_the_terminal_gets_no_escapes_and_the_table(
     said = capfd.readouterr()
     assert "\x1b" not in said.out + said.err and "\x07" not in said.out
     assert "2 recordings: " in said.out and "hpet-" in said.out and "signature" in said.out
+    first = rows(tmp_path / "out", "findings")["observed"][0]
+    assert len(first) > 5 and first in said.out, "a log is not cut at the width of a terminal"
 
 
 def test_only_what_is_missing_or_changed_is_done(tmp_path: Path, inline: None) -> None:

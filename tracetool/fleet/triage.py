@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -121,21 +122,28 @@ def _table(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     body = [
         (
             g["signature"], g["severity"], str(g["count"]), str(g["recordings"]), _when(g["first"]), _when(g["last"]),
-            f"{g['system']} {g['policy']}: {g['code']}: expected {g['expected']}; observed {g['observed']}",
+            f"{g['system']} {g['policy']}: {g['code']}",
         )
         for g in groups[:SHOWN]
     ]  # fmt: skip
     rows = [head, *[tuple(clean(cell, 200) for cell in row) for row in body]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    width = max(shutil.get_terminal_size((140, 24)).columns, 100)
-    lines = []
-    for row in rows:
+    # A log has no width: what is cut off there is lost.
+    width = max(shutil.get_terminal_size((140, 24)).columns, 100) if sys.stdout.isatty() else 1000
+    lines: list[str] = []
+    for row, said in zip(rows, ["", *map(_said, groups)], strict=False):
         cells = [c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-        line = "  ".join([*cells, row[-1]])
-        lines.append(line if len(line) <= width else line[: width - 1] + "…")
+        told = ["  ".join([*cells, row[-1]]), *([f"{'':{widths[0]}}  {said}"] if said else [])]
+        lines += [line if len(line) <= width else line[: width - 1] + "…" for line in told]
     if len(groups) > SHOWN:
         lines.append(f"and {len(groups) - SHOWN} more signatures (--json lists all)")
     return lines
+
+
+def _said(group: Mapping[str, Any]) -> str:
+    """What the first finding of a signature says, in a line of its own."""
+    words = [f"{what} {clean(group[what], 400)}" for what in ("expected", "observed") if group[what]]
+    return "; ".join(words)
 
 
 def _when(seen: Mapping[str, Any]) -> str:
