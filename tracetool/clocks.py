@@ -122,6 +122,31 @@ def place_snapshot(source: Source, clocked: Sequence[Source], options: IngestOpt
     source.how = f"no clock in common: taken to come {place_} record, as named; when exactly is unknown"
     if source.reader.clock.hz:
         source.width_ns = UNPLACED_NS
+        _say_boot_stamps(source, clocked, before=before)
+
+
+def _say_boot_stamps(source: Source, clocked: Sequence[Source], *, before: bool) -> None:
+    """A dump's own stamps count from Xen's boot. What lies between the TSC's reset and that boot (firmware, loader) is
+    in no recording, so they tie the dump to nothing; but the TSC is at least as old, which bounds the dump's time."""
+    text = (
+        f"{source.label}: its stamps count from Xen's boot, which the recordings' clock does not know; not tied to it "
+        f"(--offset {source.label}=TIME places it)"
+    )
+    severity = "info"
+    machine = next((s for s in clocked if on_tsc(s) and s.reader.format in HYPERVISOR and s.reader.clock.hz), None)
+    if machine is not None:
+        hz = float(machine.reader.clock.hz or _NS)
+        span, stamp_ns = machine.extent["span"], source.reader.clock.tsc0 * 1000  # its clock counts microseconds
+        late = stamp_ns - int(machine.reader.clock.tsc0 / hz * _NS)  # after the recording's first record, at the least
+        if late > span["t1_ns"] - span["t0_ns"]:
+            text += "; a TSC that was not reset since shows that it came after the last record"
+        elif late > 0:
+            text += f"; a TSC that was not reset since shows it came {late / _NS:.1f} s or more after the first record"
+        if before and late > 0:
+            severity = "warn"
+            text += ", though it is named before"
+    if source.part is not None:
+        source.part.add_note(Note("boot-stamps-not-tied", severity, text), source.label)
 
 
 # -- finding the difference ----------------------------------------------------------------------------------------

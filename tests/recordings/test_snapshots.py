@@ -11,6 +11,7 @@ import pytest
 
 from tests.shared import SAMPLES
 from tracetool.cli import run as main
+from tracetool.store import Dataset
 
 REAL: str = pa.input_stream(str(SAMPLES / "xen-debug-keys.txt.zst"), compression="zstd").read().decode()
 TRACE = SAMPLES / "xen-2l-dom0-idle.xentrace"
@@ -256,3 +257,24 @@ def test_other_keys_are_for_reading(tmp_path: Path, capsys: Capture) -> None:
     assert "key c: residency of C-states" in facts["hpet"]
     assert "IRQ 24 to APIC 1, IRQ 25 to APIC 2, IRQ 26 to APIC 1" in facts["apic"]
     assert "8 pending timers, none overdue" in said(SAMPLES / "proc-timer_list.txt", tmp_path, capsys)["hpet"]
+
+
+def test_boot_stamps_tie_to_nothing_and_that_is_said(tmp_path: Path, capsys: Capture) -> None:
+    """The recording's first TSC tells when the machine was reset: a dump is no older than its stamp."""
+    assert main(["ingest", str(TRACE), "-o", str(tmp_path / "alone"), "--json"]) == 0
+    capsys.readouterr()
+    clock = json.loads((tmp_path / "alone" / "manifest.json").read_text())["clock"]
+    reset_s = int(clock["tsc0"] / clock["hz"])
+    for second, words in ((reset_s - 5, None), (reset_s + 100_000, "after the last record")):
+        stamped = "".join(
+            f"(XEN) [{second + n // 1000:6}.{n % 1000:03}000] {line[6:]}\n" for n, line in enumerate(GUEST.splitlines())
+        )
+        dump = tmp_path / "keys.txt"
+        dump.write_text(stamped)
+        for order, severity in (((TRACE, dump), "info"), ((dump, TRACE), "warn" if words else "info")):
+            assert main(["ingest", *map(str, order), "-o", str(tmp_path / "d"), "--force", "--json"]) == 0
+            capsys.readouterr()
+            notes = [n for n in Dataset.open(tmp_path / "d").notes() if n["code"] == "boot-stamps-not-tied"]
+            assert [n["severity"] for n in notes] == [severity]
+            assert "not tied" in notes[0]["text"] and (words or "not tied") in notes[0]["text"]
+            assert ("came" in notes[0]["text"]) == (words is not None)
