@@ -373,3 +373,77 @@ def test_declared_thresholds_exist(code: Any) -> None:
     names = {parameter.name for parameter in SYSTEM.parameters}
     assert set(code.thresholds) <= names
     assert code.doc.endswith(".")
+
+
+# -- closed runs, every number worked out by hand from S4.3 and S4.4 ---------------------------------------------------
+
+#: The handler of the first runs from 1.1 to 11.1 and looks at its ring at 4.1; the others come while it runs.
+FOUR: list[Event] = [ev(1_000, "raise"), ev(6_000, "raise"), ev(8_000, "raise"), ev(9_000, "raise")]
+
+
+def numbers(run: Run) -> dict[str, int]:
+    return {name: value for name, value in run.metrics.items() if value}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        # 6.1: masked, acknowledged, remembered. 8.0 waits in the port, 9.0 merges into it; 11.1 unmasks and runs again,
+        # 11.2 finds the handler running once more.
+        ("edge", {"acked": 3, "handler_runs": 3, "reruns": 2, "pended_inprogress": 2, "upcalls": 3, "coalesced": 1,
+                  "masked_ns": 5_000 + 9_900, "max_latency_ns": 5_100}),
+        # Masked while the handler runs: 6.0 waits, 8.0 and 9.0 merge; the unmask brings it at 11.2.
+        ("level", {"acked": 2, "handler_runs": 2, "upcalls": 2, "coalesced": 2, "masked_ns": 20_000,
+                   "max_latency_ns": 5_200}),
+        ("fasteoi", {"acked": 2, "handler_runs": 2, "upcalls": 2, "coalesced": 2, "masked_ns": 20_000,
+                     "max_latency_ns": 5_200}),
+        # Never masked; its CPU is busy until 11.1.
+        ("percpu", {"acked": 2, "handler_runs": 2, "upcalls": 2, "coalesced": 2, "max_latency_ns": 5_100}),
+    ],
+)  # fmt: skip
+def test_raises_while_the_handler_runs(policy: str, expected: Mapping[str, int]) -> None:
+    run = replay(FOUR, policy=policy, closed=True, end=MS)
+    runs = expected["handler_runs"]
+    assert numbers(run) == {"raises": 4, "consumed": 4, "handler_time_ns": 10_000 * runs, **expected}
+    assert run.findings == []
+    assert len(run.effects) == runs
+
+
+def test_late_eoi_that_never_comes_keeps_the_port_masked() -> None:
+    run = replay(FOUR, policy="lateeoi", closed=True, end=MS)
+    assert numbers(run) == {
+        "raises": 4, "acked": 1, "consumed": 1, "handler_runs": 1, "upcalls": 1, "coalesced": 2, "pending": 1,
+        "outstanding": 3, "max_latency_ns": 100, "handler_time_ns": 10_000,
+    }  # fmt: skip
+    assert [(f.code.name, f.severity) for f in run.findings] == [
+        ("flow-lateeoi-missing", "error"), ("flow-masked-forever", "error"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "masked"), [("edge", 29_500), ("level", 39_500), ("fasteoi", 39_500)])
+def test_raises_while_disabled_wait_for_the_enable(policy: str, masked: int) -> None:
+    """Masked from 0.5 to 30.0, and by level and fasteoi while the handler runs from 30.1 on."""
+    events = [ev(500, "disable"), ev(1_000, "raise"), ev(2_000, "raise"), ev(30_000, "enable")]
+    assert numbers(replay(events, policy=policy, closed=True, end=MS)) == {
+        "raises": 2, "coalesced": 1, "acked": 1, "consumed": 2, "handler_runs": 1, "upcalls": 1,
+        "max_latency_ns": 29_100, "handler_time_ns": 10_000, "masked_ns": masked,
+    }  # fmt: skip
+
+
+def test_when_a_move_is_made() -> None:
+    """edge defers it to the ack, whose unmask is heard on the new CPU; some chips move at once, and nothing is heard.
+    fasteoi defers it to the eoi: the second run is elsewhere."""
+    events = [ev(500, "set_affinity", tgt=1), ev(1_000, "raise"), ev(6_000, "raise")]
+    same = {"raises": 2, "acked": 2, "consumed": 2, "handler_runs": 2, "handler_time_ns": 20_000}
+    again = {**same, "reruns": 1, "pended_inprogress": 1, "masked_ns": 5_000, "max_latency_ns": 5_100}
+    deferred = {"migrations": 1, "migrations_deferred": 1, "unmask_hypercalls": 1}
+    edge = replay(events, policy="edge", closed=True, end=MS)
+    assert numbers(edge) == {**again, **deferred, "upcalls": 3, "spurious_upcalls": 1}
+    assert edge.effects == [(1_100, 5), (11_100, 5)]
+    at_once = replay(events, policy="edge", closed=True, end=MS, move_at_once=1)
+    assert at_once.metrics["migrations_deferred"] == 0
+    assert numbers(at_once) == {**again, "upcalls": 2}
+    assert at_once.effects == [(1_100, 1 << 32 | 5), (11_100, 1 << 32 | 5)]
+    fasteoi = replay(events, policy="fasteoi", closed=True, end=MS)
+    assert numbers(fasteoi) == {**same, **deferred, "upcalls": 2, "masked_ns": 20_000, "max_latency_ns": 5_200}
+    assert fasteoi.effects == [(1_100, 5), (11_200, 1 << 32 | 5)]
