@@ -48,7 +48,9 @@ def facts(manifest: Mapping[str, Any], times: words.Times) -> list[tuple[str, st
     account = manifest.get("bytes") or {}
     facts = []
     t0, t1 = span.get("t0_ns"), span.get("t1_ns")
-    if t0 is not None and t1 is not None:
+    if clock.get("kind") == "none":
+        facts.append(("Span", "none: a snapshot has no times"))
+    elif t0 is not None and t1 is not None:
         facts.append(("Span", f"{times.span(t1 - t0)}, from {times.at(t0)} to {times.at(t1)}"))
     else:
         facts.append(("Span", "unknown"))

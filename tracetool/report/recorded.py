@@ -39,17 +39,23 @@ def clock_words(clock: Mapping[str, Any]) -> str:
     """The quality of the clock; what is not known is said to be unknown."""
     if not clock:
         return "nothing is known about it"
+    doc = str(clock.get("doc") or "")
+    if clock.get("kind") == "none":
+        return f"none: {doc}" if doc else "none"
     parts = [str(clock.get("kind", "unknown kind"))]
     hz = clock.get("hz")
     parts.append(f"{hz / 1e6:.6f} MHz" if isinstance(hz, int | float) and hz else "frequency unknown: times are ticks")
     if clock.get("unit") == "ns" and not hz:
         parts[-1] = "already in time units"
-    if clock.get("origin"):
+    if clock.get("origin") not in (None, "", "none"):
         parts.append(f"from {clock['origin']}")
     error = clock.get("error_ppm")
-    parts.append(f"uncertainty {error:.3g} ppm" if isinstance(error, int | float) else "uncertainty not known")
+    if isinstance(error, int | float):
+        parts.append(f"uncertainty {error:.3g} ppm")
+    elif hz:
+        parts.append("uncertainty not known")
     text = ", ".join(parts)
-    return f"{text}. {clock['doc']}" if clock.get("doc") else text
+    return f"{text}. {doc[:1].upper()}{doc[1:]}" if doc else text
 
 
 class Gaps:

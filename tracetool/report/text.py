@@ -69,7 +69,9 @@ def _recording(
         )
         out += _field("sha256", item.get("sha256") or "not computed", width)
     span = manifest.get("span") or {}
-    if span.get("t0_ns") is not None and span.get("t1_ns") is not None:
+    if (manifest.get("clock") or {}).get("kind") == "none":
+        out += _field("span", "none: a snapshot has no times", width)
+    elif span.get("t0_ns") is not None and span.get("t1_ns") is not None:
         out += _field("span", times.span(span["t1_ns"] - span["t0_ns"]), width)
     out += _field("clock", recorded.clock_words(manifest.get("clock") or {}), width)
     account = manifest.get("bytes") or {}

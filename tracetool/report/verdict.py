@@ -99,7 +99,9 @@ def overall(runs: Sequence[Mapping[str, Any]]) -> str:
 def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
     """The verdict in a sentence or two."""
     if not runs:
-        return "Nothing was replayed, so nothing is known about this recording."
+        return (
+            "Nothing was replayed, so nothing is known about this recording: it has not the events that any rule needs."
+        )
     judged = primary(runs)
     states = Counter(r["state"] for run in _one_per_system(judged) for r in run["coverage"])
     blind = states["blind"]
