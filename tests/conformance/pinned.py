@@ -43,6 +43,9 @@ FED = ("stimulus", "context", "response", "marker")
 GROUPS = ("scenarios", "seeded", "damaged", "what-ifs", "random", "random-closed")
 #: Events of a damaged slice and of a random stream; slices of each seeded recording, random streams for each policy.
 SLICE, STREAM, SLICES, STREAMS = 400, 500, 4, 6
+#: What a user has to say for a what-if, and the stimulus that few recorders show.
+ASKED: dict[str, dict[str, int]] = {"callback": {"vector": 0x59}}
+UNSEEN = {"callback": "via.upcall_set"}
 WORDS = tuple(f.name for f in fields(Finding) if f.name not in ("code", "cause"))
 
 
@@ -207,11 +210,19 @@ def _what_ifs(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
             continue
         for bad in (True, False):
             whole = _recording(bug.name, bad)[: 3 * SLICE]
-            for name, events in (("whole", whole), ("damaged", tuple(_damage(whole, random.Random(7))))):
+            blind = [e for e in whole if e["kind"] != UNSEEN.get(system, "")]
+            for name, events, more in (
+                ("whole", whole, ASKED.get(system, {})),
+                ("damaged", _damage(whole, random.Random(7)), ASKED.get(system, {})),
+                ("without sets", blind, ASKED.get(system, {})),
+                ("as it is", whole, {}),
+            ):
+                if name in ("without sets", "as it is") and system not in ASKED:
+                    continue
                 for policy in SYSTEMS[system].policies:
                     yield (
                         f"{bug.name} {'bad' if bad else 'good'} {name} {policy}",
-                        partial(_what_if, system, policy, events, bug.sub, bug.config),
+                        partial(_what_if, system, policy, tuple(events), bug.sub, {**bug.config, **more}),
                     )
 
 
