@@ -1,7 +1,8 @@
 """Which rules a recording can decide: generated from the codes' own declarations, never written by hand.
 
 A rule is `checked` when every kind of event that it needs is recorded, `inferred` when one of them was only
-concluded from other records, and `blind` when one is missing. A blind rule never counts as clean.
+concluded from other records or something else had to be assumed, and `blind` when one is missing. A blind rule never
+counts as clean.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Final
 
 from replay.declare import Code, System
 
-__all__ = ["CHECKED_FROM", "Coverage", "Observation", "Sight", "coverage", "sight"]
+__all__ = ["ASSUMED", "CHECKED_FROM", "Coverage", "Observation", "Sight", "coverage", "sight"]
 
 #: Confidence (0..100) from which an event counts as recorded rather than inferred (spec M: A = 100, B = 80, C = 50).
 CHECKED_FROM: Final = 80
+#: Confidence of what is assumed in place of a kind that is not recorded.
+ASSUMED: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,9 @@ def _rule(code: Code, observed: Mapping[str, Observation]) -> Coverage:
     if weakest is None:
         return Coverage(code.name, "blind", "the rule declares no events")
     conf, kind, how = weakest
+    for missing, assumption in code.assumes.items():
+        if missing not in observed:
+            return Coverage(code.name, "inferred", f"{missing} is not recorded: {assumption}", min(conf, ASSUMED))
     if conf >= CHECKED_FROM:
         return Coverage(code.name, "checked", f"{kind}: {how}", conf)
     return Coverage(code.name, "inferred", f"{kind} at confidence {conf}: {how}", conf)

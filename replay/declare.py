@@ -7,7 +7,7 @@ written a second time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Code:
     needs: tuple[str, ...] = ()
     thresholds: tuple[str, ...] = ()  # names of parameters
     closed: bool = True
+    #: Kinds of events without which the rule is inferred only, and what it assumes in their place.
+    assumes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def test_a_healthy_guest(tmp_path: Path) -> None:
     assert {seen[r] for r in ("lapic-eoi-wrong-vector", "ioapic-remote-irr-stuck", "lapic-irr-stuck")} == {"checked"}
     # Nobody sees a guest's handlers return; KVM's slowing down of a storm would be seen, but did not happen.
     assert seen["lapic-eoi-overdue"] == seen["ioapic-level-storm"] == "blind"
+    assert seen["stack-nesting-depth"] == "inferred"  # so they are taken to end with their EOI
     assert dataset.manifest["facts"]["kvm_msi"].startswith("20 messages")
 
 

@@ -116,6 +116,7 @@ NESTING_DEPTH: Final = Code(
     "Early EOI with interrupts on, several devices or channels that point at one CPU.",
     needs=(_DELIVER,),
     thresholds=("nesting_limit",),
+    assumes={"lapic.exit": "a handler is taken to end with its EOI, so nesting after an early EOI is not seen"},
 )
 EOI_OVERDUE: Final = Code(
     "lapic-eoi-overdue",
