@@ -50,16 +50,29 @@ class Trace:
         events: list[tuple[int, Any]] = []
         for packet in packets:
             assert packet.trusted_packet_sequence_id == 1
+            # One clock, nothing interned, no defaults: what the loader counts as an error when it is wrong is not used.
+            used = {field.name for field, _ in packet.ListFields()}
+            assert used <= {"trusted_packet_sequence_id", "sequence_flags", "timestamp", "track_descriptor",
+                            "track_event"}, used  # fmt: skip
+            assert len(used & {"track_descriptor", "track_event"}) == 1
+            assert packet.sequence_flags == (1 if packet is packets[0] else 0)
             if packet.HasField("track_descriptor"):
                 track = packet.track_descriptor
-                assert track.uuid not in self.names
+                assert track.uuid and track.uuid not in self.names and not packet.HasField("timestamp")
+                assert track.name and track.name.isprintable()
                 # A parent is described before its child.
                 above = self.names[track.parent_uuid] if track.HasField("parent_uuid") else ()
                 self.names[track.uuid] = (*above, track.name)
             else:
                 assert packet.track_event.track_uuid in self.names
+                assert packet.HasField("timestamp") and packet.timestamp < 1 << 63
+                event = packet.track_event
+                assert bool(event.name) == (event.type != END) and event.name.isprintable()
+                for annotation in event.debug_annotations:
+                    assert annotation.name and annotation.WhichOneof("value")
+                    assert annotation.string_value.isprintable()
                 events.append((packet.timestamp, packet.track_event))
-        assert packets[0].sequence_flags == 1
+        assert packets
         self.events = sorted(events, key=lambda e: e[0])  # stable, as the viewer sorts
         self.slices: dict[tuple[str, ...], list[tuple[int, int, str]]] = defaultdict(list)
         self.instants: dict[tuple[str, ...], list[tuple[int, Any]]] = defaultdict(list)
@@ -76,6 +89,15 @@ class Trace:
                 assert event.type == INSTANT
                 self.instants[path_].append((t, event))
         assert not any(opened.values())
+        self.flows: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+        for t, event in self.events:
+            ends = set(event.terminating_flow_ids)
+            assert 0 not in ends and not ends & set(event.flow_ids)
+            for flow in (*event.flow_ids, *ends):
+                assert not any(ended for _, ended in self.flows[flow]), f"flow {flow} goes on after its end"
+                self.flows[flow].append((t, flow in ends))
+        for flow, steps in self.flows.items():
+            assert len(steps) > 1 and steps[-1][1], f"flow {flow} has no end"
 
 
 def exported(protos: Any, dataset: Dataset, runs: Any, path: Path, **window: float) -> tuple[Trace, dict[str, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +15,11 @@ import polars as pl
 
 from replay.declare import UsageError
 from replay.events import KIND_ID
+from tracetool.export.packets import Path_, Writer, require
 from tracetool.output import whole_files
 from tracetool.report.verdict import finding_id
 from tracetool.report.words import noun
 from tracetool.store import Dataset
-from tracetool.terminal import clean
 
 __all__ = ["SPANS", "Span", "export", "require"]
 
@@ -61,100 +60,7 @@ _END: Final = {k: [s for s in SPANS if s.end == k] for k in {s.end for s in SPAN
 _OBJECTS: Final = frozenset({"hpet", "flow", "irqdesc", "evtchn", "ioapic", "hwhpet", "vgic"})
 _COLUMNS: Final = ("seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "flags", "conf")
 
-Path_ = tuple[str, ...]
 Row = Mapping[str, Any]
-
-
-def require() -> tuple[Any, Any]:
-    """The protobuf module and the streaming builder of the `perfetto` package; UsageError says how to get it."""
-    try:
-        protos = import_module("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
-        builder = import_module("perfetto.trace_builder.proto_builder")
-    except ImportError:
-        raise UsageError("a Perfetto trace needs the perfetto package: pip install 'tracetool[perfetto]'") from None
-    return protos, builder
-
-
-# -- packets -------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Packets out; tracks are described when they are first used, numbered in that order."""
-
-    def __init__(self, file: Any, low: int, high: int) -> None:
-        protos, builder = require()
-        self.event = protos.TrackEvent
-        self.builder = builder.StreamingTraceProtoBuilder(file)
-        self.tracks: dict[tuple[Path_, int], int] = {}
-        self.low, self.high = low, high
-        self.shift = -min(0, low)  # Perfetto knows no time before zero
-        self.slices = 0
-        self.first = True
-
-    def track(self, path: Path_, lane: int = 0) -> int:
-        """Number of a track; the tracks above it exist from then on as well."""
-        number = self.tracks.get((path, lane))
-        if number is None:
-            parent = self.track(path[:-1]) if len(path) > 1 else 0
-            number = self.tracks[path, lane] = len(self.tracks) + 1
-            packet = self.builder.create_packet()
-            packet.trusted_packet_sequence_id = 1
-            packet.track_descriptor.uuid = number
-            packet.track_descriptor.name = clean(path[-1])
-            if parent:
-                packet.track_descriptor.parent_uuid = parent
-            self._write(packet)
-        return number
-
-    def _write(self, packet: Any) -> None:
-        if self.first:
-            packet.sequence_flags = 1  # SEQ_INCREMENTAL_STATE_CLEARED: nothing from before is missing
-            self.first = False
-        self.builder.write_packet(packet)
-
-    def _packet(self, t: int, kind: int, track: int) -> Any:
-        packet = self.builder.create_packet()
-        packet.trusted_packet_sequence_id = 1
-        packet.timestamp = max(0, t + self.shift)
-        packet.track_event.type = kind
-        packet.track_event.track_uuid = track
-        return packet
-
-    def slice(self, track: int, t0: int, t1: int, name: str, args: Mapping[str, Any]) -> None:
-        """A closed slice, cut to the window."""
-        if t1 < self.low or t0 > self.high:
-            return
-        packet = self._packet(max(t0, self.low), self.event.TYPE_SLICE_BEGIN, track)
-        packet.track_event.name = clean(name)
-        _annotate(packet.track_event, args)
-        self._write(packet)
-        self._write(self._packet(min(t1, self.high), self.event.TYPE_SLICE_END, track))
-        self.slices += 1
-
-    def instant(
-        self, track: int, t: int, name: str, args: Mapping[str, Any], *, flow: int | None = None, last: bool = False
-    ) -> None:
-        """A moment; `flow` joins it to others with an arrow, which ends here when `last`."""
-        if not self.low <= t <= self.high:
-            return
-        packet = self._packet(t, self.event.TYPE_INSTANT, track)
-        packet.track_event.name = clean(name)
-        if flow is not None:
-            (packet.track_event.terminating_flow_ids if last else packet.track_event.flow_ids).append(flow)
-        _annotate(packet.track_event, args)
-        self._write(packet)
-
-
-def _annotate(event: Any, args: Mapping[str, Any]) -> None:
-    for name, value in args.items():
-        if value is None or value == "":
-            continue
-        annotation = event.debug_annotations.add()
-        annotation.name = name
-        if isinstance(value, int):
-            annotation.int_value = value
-        else:
-            annotation.string_value = clean(str(value))
 
 
 # -- slices --------------------------------------------------------------------------------------------------------
@@ -229,7 +135,7 @@ def _span_place(span: Span, row: Row) -> Path_ | None:
 class _Slices:
     """Pairs begins and ends."""
 
-    def __init__(self, out: _Writer) -> None:
+    def __init__(self, out: Writer) -> None:
         self.out = out
         self.lanes: dict[Path_, _Lanes] = {}
 
@@ -322,13 +228,13 @@ def export(
     if high < low:
         raise UsageError(f"nothing lies between {start_s or 0} s and {end_s} s: --from must come before --to")
     with whole_files(output) as (staging,), staging.open("wb") as file:
-        out = _Writer(file, low, high)
+        out = Writer(file, low, high)
         done = _fill(dataset, runs, out, t0, t1, progress)
     return {"bytes": output.stat().st_size, "tracks": len(out.tracks), "slices": out.slices, **done}
 
 
 def _fill(
-    dataset: Dataset, runs: Sequence[Mapping[str, Any]], out: _Writer, t0: int, t1: int,
+    dataset: Dataset, runs: Sequence[Mapping[str, Any]], out: Writer, t0: int, t1: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, int]:
     source = dataset.manifest["inputs"][0]
@@ -339,7 +245,7 @@ def _fill(
     wanted = {e["seq"] for r in runs for f in r["findings"] for e in f["evidence"] if e.get("seq") is not None}
     placed: dict[int, Path_] = {}
     slices = _Slices(out)
-    total = int(dataset.manifest["events"])
+    total = int(dataset.manifest.get("events") or 1)
     for done, row in enumerate(_rows(dataset)):
         kind = row["kind"]
         if progress and not done % 4096:
@@ -356,7 +262,7 @@ def _fill(
     return {"findings": _findings(runs, out, placed.get), "gaps_without_time": missing}
 
 
-def _gaps(dataset: Dataset, out: _Writer, t0: int, t1: int) -> int:
+def _gaps(dataset: Dataset, out: Writer, t0: int, t1: int) -> int:
     """Gaps as slices; an end that is not known reaches to the end of the recording. Returns those without any time."""
     missing = 0
     lanes: dict[int | None, list[int]] = {}
@@ -374,9 +280,9 @@ def _gaps(dataset: Dataset, out: _Writer, t0: int, t1: int) -> int:
 
 
 def _findings(
-    runs: Sequence[Mapping[str, Any]], out: _Writer, placed: Callable[[int], Path_ | None]
+    runs: Sequence[Mapping[str, Any]], out: Writer, placed: Callable[[int], Path_ | None]
 ) -> int:
-    """Findings as instants; an arrow runs through the evidence, oldest first, to the finding."""
+    """Findings as instants; an arrow runs through evidence and finding in the order of time, and ends at the last."""
     count = 0
     for run in runs:
         path = ("Findings", f"{run['system']} under {run['policy']} ({run['mode']})")
@@ -384,20 +290,20 @@ def _findings(
             if not out.low <= finding["t_ns"] <= out.high:
                 continue
             count += 1
-            joined = False
-            late = False
-            for step in sorted(finding["evidence"], key=lambda e: e["t_ns"]):
-                where = placed(step["seq"]) if step.get("seq") is not None else None
-                label = step["label"] if where else f"{step['label']} (computed)"
-                out.instant(out.track(where or path), step["t_ns"], label, {"offset": step.get("offset")}, flow=count)
-                joined = joined or out.low <= step["t_ns"] <= out.high
-                late = late or step["t_ns"] > finding["t_ns"]
+            moments: list[tuple[int, Path_, str, Mapping[str, Any]]] = []
+            for step in finding["evidence"]:
+                if out.low <= step["t_ns"] <= out.high:
+                    where = placed(step["seq"]) if step.get("seq") is not None else None
+                    label = step["label"] if where else f"{step['label']} (computed)"
+                    moments.append((step["t_ns"], where or path, label, {"offset": step.get("offset")}))
             args = {
                 "id": finding_id(run, finding), "severity": finding["severity"], "expected": finding["expected"],
                 "observed": finding["observed"], "confidence": finding["confidence"], "offset": finding["offset"],
                 "rule": finding["rule"],
             }  # fmt: skip
-            name = f"{finding['severity']}: {finding['code']}"
-            flow = count if joined else None
-            out.instant(out.track(path), finding["t_ns"], name, args, flow=flow, last=not late)
+            moments.append((finding["t_ns"], path, f"{finding['severity']}: {finding['code']}", args))
+            moments.sort(key=lambda m: m[0])  # stable: the finding comes after evidence of the same time
+            flow = count if len(moments) > 1 else None
+            for index, (t, track, name, shown) in enumerate(moments, 1):
+                out.instant(out.track(track), t, name, shown, flow=flow, last=index == len(moments))
     return count
