@@ -188,3 +188,46 @@ def test_a_real_host_with_a_small_guest(tmp_path: Path) -> None:
     assert set(shown["e_sym_3"]) == {"edge"} and "|masked" in set(shown["e_sym_4"])
     (run,) = replay_dataset(dataset, Settings((choose("current"),), ("apic",)))
     assert all(f["severity"] == "info" and f["code"] == "ioapic-edge-lost-masked" for f in run["findings"])
+
+
+def test_raw_fields_say_the_same(tmp_path: Path) -> None:
+    """`trace-cmd report -R` and trace.dat hold numbers where the kernel's text has words."""
+    entry = (0 << 56) | (1 << 15) | VECTOR
+    lines = [
+        (90, "kvm_set_irq", f"gsi={PIN} level=1 irq_source_id=0"),
+        (90, "kvm_apic_accept_irq", f"apicid=0x1 dm=0x0 tm=0x1 vec={VECTOR}"),
+        (90, "kvm_ioapic_set_irq", f"e={entry:#x} pin={PIN} coalesced=0"),
+        (101, "kvm_apic_accept_irq", "apicid=0x2 dm=0x500 tm=0x8000 vec=0"),
+        (101, "kvm_entry", "vcpu_id=1 rip=0xffffffff81000000 immediate_exit=0"),
+        (101, "kvm_exit", "exit_reason=0x1 guest_rip=0x0 isa=0x1 info1=0x0 info2=0x0 intr_info=0x0 error_code=0x0 "
+         "vcpu_id=1"),
+        (101, "kvm_inj_virq", f"vector={VECTOR} soft=0 reinjected=0"),
+        (101, "kvm_entry", "vcpu_id=1 rip=0xffffffff81000000 immediate_exit=0"),
+        (101, "kvm_exit", "exit_reason=0xc guest_rip=0x0 isa=0x1 info1=0x0 info2=0x0 intr_info=0x0 error_code=0x0 "
+         "vcpu_id=1"),
+        (101, "kvm_eoi", f"apicid=0x1 vector={VECTOR}"),
+        (101, "kvm_ack_irq", f"irqchip=0x2 pin={PIN}"),
+        (101, "kvm_apic_accept_irq", f"apicid=0x1 dm=0x100 tm=0x1 vec={VECTOR}"),
+    ]  # fmt: skip
+    path = tmp_path / "report.txt"
+    text = "".join(
+        f"{'qemu':>16}-{pid:<5d} [{pid % 4:03d}]    78.{10 * n:06d}: {name + ':':<21} {fields}\n"
+        for n, (pid, name, fields) in enumerate(lines)
+    )
+    path.write_text("cpus=4\n" + text)
+    ingest([str(path)], tmp_path / "d", IngestOptions())
+    events = Dataset.open(tmp_path / "d").events().with_columns(pl.col("kind").cast(pl.String)).collect()
+    rows = [(k, v, o, f) for k, v, o, f in events.select("kind", "vcpu", "obj", "flags").iter_rows()]
+    assert [r for r in rows if not r[0].startswith("sched.")] == [
+        ("ioapic.rte", None, PIN, 0),
+        ("ioapic.line", None, PIN, 0),
+        ("lapic.accept", 1, VECTOR, 1),
+        ("lapic.reset", 2, None, 0),
+        ("lapic.deliver", 1, VECTOR, 0),
+        ("lapic.idle", 1, None, 0),
+        ("lapic.eoi", 1, VECTOR, 0),
+        ("ioapic.eoi", None, None, 0),
+        ("lapic.accept", 1, VECTOR, 1),
+    ]
+    rte = events.filter(pl.col("kind") == "ioapic.rte").row(0, named=True)
+    assert (rte["val"], rte["val2"]) == (VECTOR, entry)
