@@ -12,6 +12,7 @@ Column prose and units are in the schema metadata of each file.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -37,8 +38,11 @@ FORMAT_VERSION: Final = 1
 
 #: Most rows of a row group.
 ROW_GROUP: Final = 512 << 10
-#: So many rows of a table are written without waiting for more.
+#: So many rows of a table are written without waiting for more. Each row group costs memory until the end (0.9 KB a
+#: column), so in a long recording they are larger: by one more of this size and of PENDING_BYTES ...
 FULL_ROWS: Final = 32 << 10
+#: ... with each so many rows of all tables, up to so many times.
+MORE_EVERY, MOST_TIMES = 128 << 20, 3
 #: Bytes of new rows after which it is decided what is written and what waits.
 FRESH_BYTES: Final = 12 << 20
 #: Canonical events that are handed to a machine at a time.
@@ -238,18 +242,19 @@ class DatasetWriter:
     def flush(self) -> None:
         """Write the tables of which much waits; the biggest of the others too when they are too much together."""
         waiting: list[tuple[int, str]] = []
+        times = min(MOST_TIMES, 1 + self.total_rows() // MORE_EVERY)
         for name, writer in self.writers.items():
-            if writer.pending_rows >= FULL_ROWS:
+            if writer.pending_rows >= times * FULL_ROWS:
                 writer.flush()
             elif writer.pending_rows:
                 waiting.append((writer.compact(), name))
         self.fresh_bytes = 0
         pending = sum(size for size, _ in waiting)
-        if pending > PENDING_BYTES:
+        if pending > times * PENDING_BYTES:
             for size, name in sorted(waiting, reverse=True):
                 self.writers[name].flush()
                 pending -= size
-                if pending <= PENDING_BYTES // 2:
+                if pending <= times * PENDING_BYTES // 2:
                     break
 
     def add_gap(self, gap: Gap, source: str, t0_ns: int | None, t1_ns: int | None) -> None:
@@ -274,6 +279,7 @@ class DatasetWriter:
         """All records are in: close their files and give a view of the dataset in the making, for the bindings."""
         for writer in self.writers.values():
             writer.close()
+        _give_back()
         pq.write_table(pa.Table.from_pylist(self.gaps, GAPS_SCHEMA), self.staging / "gaps.parquet")
         pq.write_table(pa.Table.from_pylist(self.notes, NOTES_SCHEMA), self.staging / "notes.parquet")
         return Dataset(self.staging, {"tables": {name: {"file": file_name(name)} for name in self.writers}})
@@ -315,6 +321,13 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, held)
+
+
+def _give_back() -> None:
+    """Freed memory that the allocators keep goes back to the system: what comes next allocates in other sizes."""
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _allow_many_files() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from replay.binding.base import Context, Records, event
+from replay.binding.base import Context, Records, event, slices
 from replay.coverage import Observation
 
 __all__ = ["REASONS", "Binder", "Survey", "survey"]
@@ -26,6 +26,9 @@ FIXED_VECTOR: Final = 0x30
 NEAR_IDLE_NS: Final = 1_000_000
 #: Share of an interrupt's assignments that must lie there.
 NEAR_IDLE_SHARE: Final = 0.8
+#: Records that are looked at together to find the channels, and so many before and after them (more than in 1 ms).
+SURVEY_ROWS: Final = 4 << 20
+SURVEY_MARGIN: Final = 128 << 10
 #: A remote handler wakes its CPUs within this (ns).
 REMOTE_WAKE_NS: Final = 1_000_000
 #: A handler record this long before the exit record still counts as its cause (ns).
@@ -112,21 +115,36 @@ def _channels(records: Records, context: Context) -> dict[int, int]:
         bound = records.scan(_BIND).filter(pl.col("vector") == FIXED_VECTOR).select(pl.col("irq").unique()).collect()
         irqs.update(bound["irq"].to_list())
     if _ASSIGN in tables:
-        irqs.update(_moved_around_idle(records))
+        irqs.update(_moved_around_idle(records, context.rows))
     return {irq: channel for channel, irq in enumerate(sorted(irqs))}
 
 
-def _moved_around_idle(records: Records) -> list[int]:
+def _moved_around_idle(records: Records, rows: int) -> list[int]:
     """Interrupts that a CPU points elsewhere right after its idle exit or right before its idle entry."""
-    assigned = records.scan(_ASSIGN).select("seq", "t_ns", "cpu", "irq").collect().sort("seq")
-    handled = records.scan(_HANDLED).group_by("irq").agg(cpus=pl.col("cpu").n_unique()).collect()
+    handled = records.scan(_HANDLED).group_by("irq").agg(cpus=pl.col("cpu").n_unique()).collect(engine="streaming")
+    several = handled.filter(pl.col("cpus") > 1)["irq"].to_list()
+    moves = [_moves(records, lo, hi) for lo, hi in slices(rows, SURVEY_ROWS)]
+    found = (
+        pl.concat(moves)
+        .group_by("irq")
+        .agg(share=pl.col("near").sum() / pl.col("n").sum(), n=pl.col("n").sum())
+        .filter((pl.col("share") >= NEAR_IDLE_SHARE) & (pl.col("n") >= 8) & pl.col("irq").is_in(several))
+    )
+    return sorted(int(i) for i in found["irq"].to_list())
+
+
+def _moves(records: Records, lo: int, hi: int) -> pl.DataFrame:
+    """How often each interrupt is moved by the records with lo <= seq < hi, and how often of these near idle."""
+    here = pl.col("seq").is_between(lo, hi, closed="left")
+    assigned = records.scan(_ASSIGN).filter(here).select("seq", "t_ns", "cpu", "irq").collect().sort("seq")
     cpus = assigned["cpu"].unique().to_list()
 
     def idle(name: str) -> pl.DataFrame:
-        frame = records.scan(name).filter(pl.col("cpu").is_in(cpus)).select("seq", "cpu", "t_ns")
+        around = pl.col("seq").is_between(lo - SURVEY_MARGIN, hi + SURVEY_MARGIN)
+        frame = records.scan(name).filter(around & pl.col("cpu").is_in(cpus)).select("seq", "cpu", "t_ns")
         return frame.rename({"t_ns": f"t_{name}"}).collect().sort("seq")
 
-    near = (
+    return (
         assigned.join_asof(idle(_EXIT), on="seq", by="cpu", strategy="backward", check_sortedness=False)
         .join_asof(idle(_ENTRY), on="seq", by="cpu", strategy="forward", check_sortedness=False)
         .with_columns(
@@ -134,11 +152,8 @@ def _moved_around_idle(records: Records) -> list[int]:
             | ((pl.col(f"t_{_ENTRY}") - pl.col("t_ns")) < NEAR_IDLE_NS).fill_null(False)
         )
         .group_by("irq")
-        .agg(share=pl.col("near").mean(), n=pl.len())
-        .filter((pl.col("share") >= NEAR_IDLE_SHARE) & (pl.col("n") >= 8))
-        .join(handled.filter(pl.col("cpus") > 1), on="irq", how="inner")
+        .agg(near=pl.col("near").sum(), n=pl.len())
     )
-    return sorted(int(i) for i in near["irq"].to_list())
 
 
 class Binder:
