@@ -624,3 +624,65 @@ def test_declared_thresholds_exist(code: Any) -> None:
     names = {parameter.name for parameter in SYSTEM.parameters}
     assert set(code.thresholds) <= names
     assert code.doc.endswith(".")
+
+
+# -- closed FIFO runs, every number worked out by hand from F1 to F4 ---------------------------------------------------
+
+
+def on(t: int, kind: str, vcpu: int, **fields: int) -> Event:
+    return (t, f"evtchn.{kind}", {"vcpu": vcpu, **fields})
+
+
+BOUND: list[Event] = [bind(3), bind(5), bind(7, 1)]
+HELD: list[Event] = [*BOUND, on(500, "upcall_mask", 0), send(1_000, 3)]
+
+
+@pytest.mark.parametrize(
+    ("events", "expected", "served"),
+    [
+        # 5 is linked behind 3, the second send of 3 merges; 7 has its own vCPU.
+        (
+            [*BOUND, send(1_000, 3), send(1_020, 5), send(1_050, 3), send(5_000, 7)],
+            {"sends": 4, "coalesced": 1, "handled": 3, "upcalls": 2, "notifications": 2, "max_queue_length": 2,
+             "max_delivery_ns": 100},
+            [(1_100, 0, 3), (1_100, 0, 5), (5_100, 1, 7)],
+        ),
+        # Not linked while masked; vCPU 1 clears MASKED, sees PENDING and asks: the queue is still that of vCPU 0.
+        (
+            [*BOUND, on(500, "mask", 0, obj=3), send(1_000, 3), send(1_500, 3), on(4_000, "unmask", 1, obj=3)],
+            {"sends": 2, "coalesced": 1, "handled": 1, "upcalls": 1, "notifications": 1, "unmask_hypercalls": 1,
+             "max_queue_length": 1, "max_delivery_ns": 3_100},
+            [(4_100, 0, 3)],
+        ),
+        # Upcalls are off: one notification for all.
+        (
+            [*HELD, send(2_000, 5), send(2_500, 3), on(9_000, "upcall_unmask", 0)],
+            {"sends": 3, "coalesced": 1, "handled": 2, "upcalls": 1, "notifications": 1, "max_queue_length": 2,
+             "max_delivery_ns": 8_100},
+            [(9_100, 0, 3), (9_100, 0, 5)],
+        ),
+        # F4: bound elsewhere while linked, it stays on the old queue until it is consumed.
+        (
+            [*HELD, (2_000, "evtchn.rebind", {"obj": 3, "tgt": 1}), send(3_000, 3), on(9_000, "upcall_unmask", 0),
+             send(12_000, 3)],
+            {"sends": 3, "coalesced": 1, "handled": 2, "upcalls": 2, "notifications": 2, "max_queue_length": 1,
+             "max_delivery_ns": 8_100},
+            [(9_100, 0, 3), (12_100, 1, 3)],
+        ),
+        # F2: masked while linked, it is taken off the queue and not dispatched; the unmask links it again.
+        (
+            [*HELD, on(1_200, "mask", 0, obj=3), on(3_000, "upcall_unmask", 0), on(9_000, "unmask", 0, obj=3)],
+            {"sends": 1, "handled": 1, "upcalls": 2, "spurious_upcalls": 1, "notifications": 2, "unmask_hypercalls": 1,
+             "max_queue_length": 1, "max_delivery_ns": 8_100},
+            [(9_100, 0, 3)],
+        ),
+    ],
+    ids=["linked", "masked", "upcalls off", "bound elsewhere", "masked while linked"],
+)  # fmt: skip
+def test_fifo_closed_runs(
+    events: Sequence[Event], expected: Mapping[str, int], served: Sequence[tuple[int, int, int]]
+) -> None:
+    run = replay(events, policy="any", sub="fifo", closed=True, end=MS)
+    assert {name: value for name, value in run.metrics.items() if value} == expected
+    assert [(t, what >> 32 & 0xFFFF, what & 0xFFFF) for t, what in run.effects] == list(served)
+    assert run.findings == []
