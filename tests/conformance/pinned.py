@@ -249,7 +249,7 @@ def _stream(system: str, phrases_of: str, seed: int) -> list[Event]:
 def _random(system: str, *, closed: bool = False) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Streams that no machine could have made."""
     settings = SETTINGS[system]
-    for number in range(len(settings) * STREAMS):
+    for number in range(len(settings) * (STREAMS // 2 if closed else STREAMS)):
         setting = settings[number % len(settings)]
         for policy in setting.policies or SYSTEMS[system].policies:
             for known in (True,) if closed else (True, False):
