@@ -28,7 +28,14 @@ def baseline() -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("loop", guard.LOOPS, ids=lambda loop: str(loop.name))
+#: Seconds for the kernel's symbols, once.
+HEAVY = ("read trace.dat",)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [pytest.param(x, id=x.name, marks=[pytest.mark.slow] if x.name in HEAVY else []) for x in guard.LOOPS],
+)
 def test_no_loop_got_slower(loop: guard.Loop, scratch: Path) -> None:
     then = baseline()[loop.name]
     now = guard.measure((loop,), scratch)[loop.name]
