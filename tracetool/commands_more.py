@@ -39,7 +39,9 @@ def explain(request: Request, finding: str | None, *, json: bool, show_python: b
         records, text = story.listing(replayed(dataset, request.settings()), dataset)
         print(jsonlib.dumps({"schema": 1, "findings": records}) if json else text)
         return exits.CLEAN
-    chosen = story.find(dataset, finding, request.values())
+    settings = request.settings()
+    own = [choice for choice in settings.policies if choice.cls is not None]
+    chosen = story.find(dataset, finding, settings.values, own=own, recorded=settings.recorded)
     if json:
         print(jsonlib.dumps(story.document(dataset, chosen)))
     elif show_python:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,13 +44,25 @@ class Chosen:
         return self.group[0]
 
 
-def find(dataset: Dataset, name: str, values: Mapping[str, Mapping[str, Any]] | None = None) -> Chosen:
-    """The episode that `system:policy:episode` or a code (its first episode) names; UsageError when there is none."""
-    system, policy, episode = _parsed(name)
+def find(
+    dataset: Dataset,
+    name: str,
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    own: Sequence[Choice] = (),
+    recorded: Mapping[str, str] | None = None,
+) -> Chosen:
+    """The episode that `system:policy:episode` or a code (its first episode) names; UsageError when there is none.
+
+    `own`: policies of the user's that the name may mean; `values` and `recorded` as in `Settings`.
+    """
+    given = Settings((), (), values or {}, recorded or {})
+    system, policy, episode = _parsed(name, own)
     if not system:
-        return _first_of(dataset, name, values or {})
-    runs = replay_dataset(dataset, Settings(_compared(system, policy), (system,), values or {}))
-    run = next((r for r in runs if r["policy"] == SYSTEMS[system].policy(policy)), None)
+        return _first_of(dataset, name, given, own)
+    mine = [c for c in own if c.system == system and c.name == policy]
+    runs = replay_dataset(dataset, replace(given, policies=(*mine, *_compared(system, policy)), systems=(system,)))
+    run = next((r for r in runs if r["policy"] == policy), None)
     group = [f for f in run["findings"] if f["episode"] == episode] if run else []
     if run is None or not group:
         count = max((f["episode"] for f in run["findings"]), default=0) if run else 0
@@ -62,14 +74,20 @@ def find(dataset: Dataset, name: str, values: Mapping[str, Mapping[str, Any]] | 
     return Chosen(finding_id(run, group[0]), run, group, runs)
 
 
-def _parsed(name: str) -> tuple[str, str, int]:
+def _parsed(name: str, own: Sequence[Choice]) -> tuple[str, str, int]:
     """(system, policy, episode), or ("", "", 0) for a code."""
     parts = name.split(":")
     if len(parts) == 1:
         return "", "", 0
     if len(parts) != 3 or parts[0] not in SYSTEMS or not parts[2].isdecimal():
         raise UsageError(f"{name!r} is no finding: expected system:policy:episode, such as hpet:current:3, or a code")
-    return parts[0], SYSTEMS[parts[0]].policy(parts[1]), int(parts[2])
+    system, policy, episode = parts[0], parts[1], int(parts[2])
+    if any(c.system == system and c.name == policy for c in own):
+        return system, policy, episode
+    try:
+        return system, SYSTEMS[system].policy(policy), episode
+    except UsageError as error:
+        raise UsageError(f"{error}; if it is a class of yours, give its file: --policy ./FILE.py:{policy}") from None
 
 
 def _compared(system: str, policy: str) -> tuple[Choice, ...]:
@@ -79,15 +97,17 @@ def _compared(system: str, policy: str) -> tuple[Choice, ...]:
     return tuple(Choice(name, system) for name in dict.fromkeys(wanted) if name in declared.policies)
 
 
-def _first_of(dataset: Dataset, code: str, values: Mapping[str, Mapping[str, Any]]) -> Chosen:
-    """The worst, then earliest, episode of a code: in what was recorded, else in what the proposed policy predicts."""
+def _first_of(dataset: Dataset, code: str, given: Settings, own: Sequence[Choice]) -> Chosen:
+    """The worst, then earliest, episode of a code: in what was recorded, else in what a policy of the user's or the
+    proposed one predicts."""
     systems = [n for n in checkable(dataset) if any(c.name == code for c in SYSTEMS[n].codes)]
-    for policy in ("current", "proposed"):
+    for choice in (choose("current"), *own, choose("proposed")):
         for system in systems:
-            for run in replay_dataset(dataset, Settings((choose(policy),), (system,), values)):
+            for run in replay_dataset(dataset, replace(given, policies=(choice,), systems=(system,))):
                 for group in fold(run["findings"]):
                     if group[0]["code"] == code:
-                        return find(dataset, finding_id(run, group[0]), values)
+                        name = finding_id(run, group[0])
+                        return find(dataset, name, given.values, own=own, recorded=given.recorded)
     raise UsageError(f"no finding {code!r} in this recording; list what was found: tracetool explain DATASET")
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.small import sample_dataset
 from tests.shared import ROOT
+from tracetool.cli import run
 
 PAGE = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -33,6 +35,9 @@ def test_the_page_runs(command: str, tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    if arguments[1] == "explain":
+        assert json.loads(done.stdout)["first"]["code"] == "hpet-early-wakeup"
+        return
     runs = json.loads(done.stdout)["runs"]
     mine = next(r for r in runs if r["policy"] == "NextInLine")
     assert mine["system"] == "hpet"
@@ -49,3 +54,21 @@ def test_a_broken_policy_is_the_users_error(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_finding_of_an_own_policy_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(PYTHON[0])
+    sample_dataset(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    own = ["--policy", "./mine.py:NextInLine"]
+    assert run(["explain", "d", "--json", *own]) == 0
+    listed = json.loads(capfd.readouterr().out)["findings"]
+    assert listed and all(f["finding"].startswith("hpet:NextInLine:") for f in listed)
+    assert run(["explain", "d", listed[0]["finding"], "--json", *own]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["finding"], told["first"]["t_ns"]) == (listed[0]["finding"], listed[0]["t_ns"])
+    assert told["mode"] == "what-if" and {o["policy"] for o in told["other_policies"]} >= {"current", "proposed"}
+    assert run(["explain", "d", listed[0]["finding"]]) == 2
+    assert "--policy ./FILE.py:NextInLine" in capfd.readouterr().err
