@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tracetool import __version__, exits, terminal
+from tracetool.options import FailOn, Force, Given, Json, Output, Target, grouped
 
 if TYPE_CHECKING:
     from tracetool.request import Request
@@ -31,98 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-# -- options that several commands have ----------------------------------------------------------------------------
-
-Json = Annotated[bool, typer.Option("--json", help="Print the documented JSON object on stdout.")]
-Target = Annotated[str, typer.Argument(metavar="DATASET|RECORDING", help="A dataset, or a recording to read first.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there already.")]
-FailOn = Annotated[str, typer.Option("--fail-on", help="Exit with 1 from this severity on: error, warn, info, never.")]
-
-#: Values of a group of options by name, as the functions of `tracetool.request` take them.
-Given = Mapping[str, Any]
-
-
-def _reading(
-    cpu_hz: Annotated[
-        str | None, typer.Option("--cpu-hz", help="Stamp frequency, e.g. 2.4G; replaces what is derived.")
-    ] = None,
-    xen_version: Annotated[
-        str | None, typer.Option("--xen-version", help="E.g. 4.17; decides what cannot be told.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", help="Read as this format instead of recognising it.")
-    ] = None,
-    hpet_irqs: Annotated[
-        str | None, typer.Option("--hpet-irqs", help="Interrupts of the HPET channels, e.g. 24,25,26.")
-    ] = None,
-    event_map: Annotated[
-        Path | None, typer.Option("--event-map", help="TOML: what events with names of your own show (kprobes).")
-    ] = None,
-) -> Given:
-    """How a recording is read."""
-    return {
-        "cpu_hz": cpu_hz, "xen_version": xen_version, "format": format, "hpet_irqs": hpet_irqs, "event_map": event_map,
-    }  # fmt: skip
-
-
-def _replaying(
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy", "-p", help="current, proposed, NAME, SYSTEM=NAME or ./file.py:Class; repeat to compare."
-        ),
-    ] = None,
-    system: Annotated[
-        list[str] | None, typer.Option("--system", "-s", help="Only this system; repeat for more.")
-    ] = None,
-    recorded: Annotated[
-        list[str] | None,
-        typer.Option("--recorded", help="SYSTEM=POLICY that really ran, where the recording does not tell."),
-    ] = None,
-) -> Given:
-    """What is replayed."""
-    return {"policies": tuple(policy or ()), "systems": tuple(system or ()), "recorded": tuple(recorded or ())}
-
-
-def _thresholds(
-    set: Annotated[
-        list[str] | None, typer.Option("--set", help="A threshold, for instance hpet.slop_ns=50000.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="File with thresholds (default: ./tracetool.toml).")
-    ] = None,
-) -> Given:
-    """Parameters of the models."""
-    return {"sets": tuple(set or ()), "config": config}
-
-
-_GROUPS: Mapping[str, Callable[..., Given]] = {
-    "replaying": _replaying, "thresholds": _thresholds, "reading": _reading,
-}  # fmt: skip
-
-
-def _grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of the groups that its parameters name, after its own."""
-    own = inspect.signature(command, eval_str=True).parameters
-    parameters = [p for name, p in own.items() if name not in _GROUPS]
-    groups: dict[str, list[str]] = {}
-    for name in (n for n in _GROUPS if n in own):
-        shared = inspect.signature(_GROUPS[name], eval_str=True).parameters
-        groups[name] = list(shared)
-        parameters += shared.values()
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        values = {name: _GROUPS[name](**{n: given.pop(n) for n in names}) for name, names in groups.items()}
-        command(**given, **values)
-
-    keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
-    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in keywords}
-    return run
 
 
 def _request(target: str, reading: Given, thresholds: Given, replaying: Given | None = None) -> Request:
@@ -152,7 +59,7 @@ def _root(
 
 
 @app.command(epilog="Example:  tracetool ingest boot.xentrace.zst -o boot.dataset")
-@_grouped
+@grouped
 def ingest(
     recordings: Annotated[
         list[str],
@@ -180,7 +87,7 @@ def ingest(
 
 
 @app.command(epilog="Example:  tracetool info boot.dataset")
-@_grouped
+@grouped
 def info(
     target: Target,
     reading: Given,
@@ -197,7 +104,7 @@ def info(
 
 
 @app.command(epilog="Example:  tracetool replay boot.xentrace.zst --policy current --policy proposed")
-@_grouped
+@grouped
 def replay(
     target: Annotated[str, typer.Argument(metavar="DATASET|RECORDING|SCENARIO.json", help="What to replay.")],
     replaying: Given,
@@ -219,7 +126,7 @@ def replay(
 @app.command(
     epilog="Examples:  tracetool report boot.dataset -o report.html   tracetool report boot.xentrace --bundle boot.zip"
 )
-@_grouped
+@grouped
 def report(
     target: Target,
     replaying: Given,
@@ -244,7 +151,7 @@ def report(
 
 
 @app.command(epilog="Examples:  tracetool explain hpet-wrong-cpu   tracetool explain boot.dataset hpet:current:3")
-@_grouped
+@grouped
 def explain(
     target: Annotated[str, typer.Argument(metavar="CODE|DATASET|RECORDING", help="A code, or where the finding is.")],
     replaying: Given,
@@ -267,7 +174,7 @@ def explain(
 
 
 @app.command(epilog="Example:  tracetool query boot.dataset 'SELECT kind, count(*) FROM events GROUP BY kind'")
-@_grouped
+@grouped
 def query(
     target: Target,
     replaying: Given,
@@ -291,7 +198,7 @@ def query(
 
 
 @app.command(epilog="Example:  tracetool export boot.dataset --perfetto -o boot.pftrace")
-@_grouped
+@grouped
 def export(
     target: Target,
     output: Output,
@@ -312,7 +219,7 @@ def export(
 
 
 @app.command(epilog="Example:  tracetool shrink boot.dataset hpet:current:3 -o wrong-cpu")
-@_grouped
+@grouped
 def shrink(
     target: Target,
     finding: Annotated[str, typer.Argument(metavar="FINDING", help="system:policy:episode, or a code.")],
@@ -331,7 +238,7 @@ def shrink(
 
 
 @app.command(epilog="Example:  tracetool diff before.dataset after.dataset --fail-on warn")
-@_grouped
+@grouped
 def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="Before: dataset, recording, or JSON of replay or report.")],
     two: Annotated[str, typer.Argument(metavar="B", help="After.")],
@@ -348,7 +255,7 @@ def diff(
 
 
 @app.command(epilog="Example:  tracetool fleet recordings/ --policy current --policy proposed -o fleet.results")
-@_grouped
+@grouped
 def fleet(
     recordings: Annotated[
         list[str],
