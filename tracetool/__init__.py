@@ -1,4 +1,4 @@
-"""The command line, the dataset store and the reports. `tracetool.open(path)` opens a dataset or a recording for Python."""
+"""The command line, the dataset store and the reports. `tracetool.open(path)`: a dataset or a recording for Python."""
 
 from __future__ import annotations
 
