@@ -41,7 +41,7 @@ class Code:
     thresholds: tuple[str, ...] = ()  # names of parameters
     closed: bool = True
     #: Kinds of events without which the rule is inferred only, and what it assumes in their place.
-    assumes: Mapping[str, str] = field(default_factory=dict)
+    assumes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
