@@ -47,6 +47,7 @@ class Limit(IntEnum):
     SECTION = 256 << 20  # uncompressed bytes of a section other than a buffer
     PAGE = 8 << 20  # a ring-buffer (sub-)page
     CHUNK = 64 << 20  # uncompressed bytes of one compressed chunk of pages
+    CHUNK_LEAST = 1 << 20  # a chunk of this size is taken however many CPUs there are, while the sum allows it
     CHUNKS_HELD = 256 << 20  # of all CPUs together
     CPUS = 1 << 16
     FORMATS = 1 << 16  # ids of events have 16 bits
@@ -73,6 +74,7 @@ NOTES: tuple[NoteCode, ...] = (
     NoteCode("tracedat-short-record", "error", "records shorter than their event's fields; kept in ftrace_raw"),
     NoteCode("tracedat-page", "error", "a ring-buffer page is damaged; the rest of that page is skipped"),
     NoteCode("tracedat-chunk", "error", "a compressed chunk is damaged; the rest of that CPU's chunks is skipped"),
+    NoteCode("tracedat-memory", "error", "too many CPUs with too large parts to hold at once; a CPU's rest is skipped"),
     NoteCode("tracedat-truncated", "error", "the file ends inside the recorded data"),
     NoteCode("tracedat-lost", "warn", "the ring buffer dropped records (readers were too slow)"),
     NoteCode("tracedat-overrun", "warn", "the recorder's own statistics count overwritten or dropped records"),

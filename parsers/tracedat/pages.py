@@ -10,10 +10,22 @@ from parsers.recording import Gap, Note
 from parsers.tracedat.header import Area, Buffer, note
 from parsers.tracedat.layout import Limit
 
-__all__ = ["PageStream", "Problems"]
+__all__ = ["Budget", "PageStream", "Problems"]
 
 #: Bytes read at once for one CPU of an uncompressed file.
 BLOCK = 256 << 10
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes of pages that all CPUs together may hold at once, and those they hold."""
+
+    limit: int
+    held: int = 0
+
+    def fits(self, size: int) -> bool:
+        """Whether `size` more bytes may be held."""
+        return self.held + size <= self.limit
 
 
 @dataclass(slots=True)
@@ -51,9 +63,10 @@ class PageStream:
         inflate: Callable[[bytes, int], bytes],
         problems: Problems,
         share: int,
+        budget: Budget,
     ) -> None:
         self.buffer, self.area, self.cpu = buffer, area, area.cpu
-        self.problems, self.share = problems, share
+        self.problems, self.share, self.budget = problems, share, budget
         self.last_time: int | None = None  # raw stamp of the last record seen, for gaps
         self.next_time: int | None = None
         self._stream, self._order, self._inflate = stream, order, inflate
@@ -79,6 +92,7 @@ class PageStream:
 
     def _advance(self) -> None:
         while self._used + 16 > len(self._block):
+            self._hold(b"")
             if not (self._next_chunk() if self.buffer.compressed else self._next_block()):
                 self.next_time = None
                 return
@@ -86,13 +100,32 @@ class PageStream:
         stamp = int.from_bytes(self._block[self._used : self._used + 8], order)  # type: ignore[arg-type]
         self.next_time = stamp if self.next_time is None else max(stamp, self.next_time)
 
+    def _hold(self, block: bytes) -> None:
+        """Take `block` in hand instead of the one before; at most one is held of each CPU."""
+        self.budget.held += len(block) - len(self._block)
+        self._block, self._used = block, 0
+
+    def _give_up(self, code: str, message: str, at: int) -> None:
+        """From `at` on nothing of this CPU is read."""
+        self.problems.damaged(code, message, cpu=self.cpu, offset=at, length=self._end - at, t0=self.last_time)
+        self._file, self._chunks = self._end, 0
+
+    def _too_much(self, size: int, at: int) -> bool:
+        """Whether `size` bytes more are too many for the machine; this CPU's data is then given up, and told."""
+        if self.budget.fits(size):
+            return False
+        text = f"{size} bytes more of pages to hold: all CPUs together may hold {self.budget.limit}"
+        self._give_up("tracedat-memory", text, at)
+        return True
+
     def _next_block(self) -> bool:
         size = self.buffer.page_size
         want = min(max(size, min(BLOCK, self.share) // size * size), self._end - self._file)
-        if want <= 0:
+        if want <= 0 or self._too_much(want, self._file):
             return False
         self._stream.seek(self._file)
-        self._block, self._block_at, self._used = self._stream.read(want), self._file, 0
+        self._block_at = self._file
+        self._hold(self._stream.read(want))
         self._file += want
         return len(self._block) >= 16  # the last page may be short: its records up to there are still good
 
@@ -116,22 +149,21 @@ class PageStream:
         head = self._read(8)
         compressed, plain = (int.from_bytes(head[i : i + 4], order) for i in (0, 4))  # type: ignore[arg-type]
         page, message = self.buffer.page_size, ""
-        self._block, self._block_at, self._used = b"", at, 0
+        self._block_at = at
         if len(head) < 8 or compressed > self._end - self._file:
             message = "the file or the CPU's area ends inside a compressed chunk"
-        elif not 0 < plain <= max(page, min(Limit.CHUNK, self.share)) or plain > 40000 * compressed + page:
+        elif not 0 < plain <= max(page, Limit.CHUNK_LEAST, min(Limit.CHUNK, self.share)) or plain > 40000 * compressed + page:
             message = f"a chunk of {compressed} bytes claims to hold {plain}"
         elif plain % page:
             message = f"a chunk of {plain} bytes does not hold whole pages of {page}"
+        elif self._too_much(plain, at):
+            return False
         else:
             try:
-                self._block = self._inflate(self._read(compressed), plain)
+                self._hold(self._inflate(self._read(compressed), plain))
             except ValueError as error:
                 message = f"chunk cannot be decompressed: {error}"
         if message:
             code = "tracedat-truncated" if "ends inside" in message else "tracedat-chunk"
-            self.problems.damaged(
-                code, message, cpu=self.cpu, offset=at, length=self._end - at, t0=self.last_time
-            )
-            self._file, self._chunks = self._end, 0
+            self._give_up(code, message, at)
         return not message

@@ -21,7 +21,7 @@ from parsers.tracedat.decode import Batch
 from parsers.tracedat.events import Events
 from parsers.tracedat.header import Head, note, read_head
 from parsers.tracedat.layout import BATCH, MAGIC, NOTES, Limit
-from parsers.tracedat.pages import PageStream, Problems
+from parsers.tracedat.pages import Budget, PageStream, Problems
 from parsers.tracedat.times import TimeBase, shifted
 from parsers.tracedat.walk import Array, Records, walk
 
@@ -85,7 +85,8 @@ class TraceDatReader:
     def _open_streams(self) -> list[PageStream]:
         head, streams = self._head, []
         wanted = [(buffer, area) for buffer in head.buffers for area in buffer.areas if area.size]
-        share = max(1 << 20, Limit.CHUNKS_HELD // max(1, len(wanted)))
+        # A fair part each; a chunk may be larger (a recorder writes ten pages) as long as the sum stays within bounds.
+        share, budget = Limit.CHUNKS_HELD // max(1, len(wanted)), Budget(Limit.CHUNKS_HELD)
         taken: list[tuple[int, int]] = []
         cut: dict[tuple[str, int], str] = {}
         for buffer, area in sorted(wanted, key=lambda pair: pair[1].offset):
@@ -124,6 +125,7 @@ class TraceDatReader:
                     inflate=head.inflate,
                     problems=self._problems,
                     share=share,
+                    budget=budget,
                 )
             )
         head.claims.extend(taken)

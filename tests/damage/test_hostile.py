@@ -23,11 +23,14 @@ import parsers.ftrace.payload
 import parsers.qemu.reader
 import parsers.tracedat.events
 import parsers.tracedat.header
+import parsers.tracedat.pages
+import parsers.tracedat.reader
 import tracetool.store
 from parsers.open import RATIO_FREE_BYTES, open_recording
 from parsers.qemu.reader import QemuReader
 from parsers.recording import ReadOptions, RecordingError
 from parsers.tracedat.layout import Limit
+from parsers.tracedat.pages import PageStream
 from parsers.xenalyze.reader import AUX, XenalyzeReader
 from tests.damage.test_ftrace_damage import line
 from tests.damage.test_ftrace_damage import read as read_text
@@ -268,6 +271,38 @@ def test_instances_that_all_point_at_one_place() -> None:
     assert tables["tick"].num_rows == 1
     texts = " ".join(note.text for chunk in chunks for note in chunk.notes)
     assert "CPUs in all instances" in texts or "overlaps" in texts
+
+
+@pytest.mark.parametrize("method", ["zstd", "none"])
+def test_pages_of_all_cpus_are_bounded_together(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """As many CPUs as fit are read whole; the others are given up, with a line and a gap each; never more is held."""
+    writer, room, cpus = Writer(method=method), 5, 12
+    held: list[int] = []
+    keep = parsers.tracedat.pages.PageStream._hold
+
+    def watched(stream: PageStream, block: bytes) -> None:
+        keep(stream, block)
+        held.append(stream.budget.held)
+
+    monkeypatch.setattr(parsers.tracedat.pages.PageStream, "_hold", watched)
+    chunk = writer.page * (2 if method == "zstd" else 1)
+    few = SimpleNamespace(**{**Limit.__members__, "CHUNKS_HELD": room * chunk})
+    monkeypatch.setattr(parsers.tracedat.reader, "Limit", few)
+    rings = {
+        cpu: b"".join(writer.ring(10 + n, writer.record(0, writer.event(n))) for n in range(4)) for cpu in range(cpus)
+    }
+    _, chunks, tables = read_dat(writer.file(rings))
+    assert sorted(tables["tick"]["cpu"].to_pylist()) == [cpu for cpu in range(room) for _ in range(4)]
+    assert 0 < max(held) <= few.CHUNKS_HELD
+    told = [note for part in chunks for note in part.notes if note.code == "tracedat-memory"]
+    assert [note.cpu for note in told] == list(range(room, cpus))
+    assert {note.text for note in told} == {
+        f"{chunk} bytes more of pages to hold: all CPUs together may hold {room * chunk}"
+    }
+    gaps = [gap for part in chunks for gap in part.gaps]
+    assert [(gap.cpu, gap.reason) for gap in gaps] == [(cpu, "damaged") for cpu in range(room, cpus)]
+    monkeypatch.undo()
+    assert read_dat(writer.file(rings))[2]["tick"].num_rows == 4 * cpus
 
 
 def test_more_task_names_than_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
