@@ -157,8 +157,7 @@ def ingest(
 def _ingest(
     name: str, target: Path, options: IngestOptions, progress: Progress | None, derived: float | None = None
 ) -> Ingested:
-    with DatasetWriter(target, force=options.force) as writer:
-        opened = open_recording(name)
+    with DatasetWriter(target, force=options.force) as writer, open_recording(name) as opened:
         label = label_of(opened)
         reader = make_reader(opened, options, label, cpu_hz=derived)
         extent = store_records(reader, opened, writer, progress, label)

@@ -76,7 +76,7 @@ def merge_recordings(
     if len(set(names)) != len(names):
         raise UsageError("the same recording is named twice")
     with DatasetWriter(target, force=options.force) as writer, ExitStack() as stack:
-        sources = _open(names, options)
+        sources = _open(names, options, stack)
         for offset in options.offsets:
             if offset.label not in {s.label for s in sources}:
                 raise UsageError(f"--offset: no recording {offset.label!r}; there are {listed(sources)}")
@@ -117,11 +117,11 @@ def merge_recordings(
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _open(names: Sequence[str], options: IngestOptions) -> list[Source]:
+def _open(names: Sequence[str], options: IngestOptions, stack: ExitStack) -> list[Source]:
     sources: list[Source] = []
     for name in names:
         with named(name):
-            opened = open_recording(name)
+            opened = stack.enter_context(open_recording(name))
             label = ingest.label_of(opened)
             taken = {s.label for s in sources}
             if label in taken:

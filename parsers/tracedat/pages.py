@@ -149,10 +149,11 @@ class PageStream:
         head = self._read(8)
         compressed, plain = (int.from_bytes(head[i : i + 4], order) for i in (0, 4))  # type: ignore[arg-type]
         page, message = self.buffer.page_size, ""
+        most = max(Limit.CHUNK_LEAST, min(Limit.CHUNK, self.share))
         self._block_at = at
         if len(head) < 8 or compressed > self._end - self._file:
             message = "the file or the CPU's area ends inside a compressed chunk"
-        elif not 0 < plain <= max(page, Limit.CHUNK_LEAST, min(Limit.CHUNK, self.share)) or plain > 40000 * compressed + page:
+        elif not 0 < plain <= min(max(page, most), 40000 * compressed + page):
             message = f"a chunk of {compressed} bytes claims to hold {plain}"
         elif plain % page:
             message = f"a chunk of {plain} bytes does not hold whole pages of {page}"

@@ -19,12 +19,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from parsers.open import Opened
-from parsers.recording import Chunk
+from parsers.open import Opened, open_recording
+from parsers.recording import Chunk, RecordingError
 from parsers.xentrace.reader import XentraceReader
+from replay.declare import UsageError
 from tests.cli.small import SAMPLE, sample_dataset
 from tests.cli.test_commands import tracetool
-from tracetool import exits, ingest
+from tracetool import exits, ingest, merge
 from tracetool.cli import run
 from tracetool.fleet import command
 from tracetool.fleet.work import run_task
@@ -242,6 +243,35 @@ def _replace(recording: Path) -> None:
     new = recording.with_name("new")
     new.write_bytes(SAMPLE.read_bytes()[:-5])
     new.replace(recording)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("others", [0, 1])
+def test_recordings_are_closed(
+    damaged: bool, others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No recording stays open after an ingest, alone or beside others, whether it can be read or not."""
+    opened: list[Opened] = []
+
+    def watched(path: str) -> Opened:
+        opened.append(open_recording(path))
+        return opened[-1]
+
+    monkeypatch.setattr(ingest, "open_recording", watched)
+    monkeypatch.setattr(merge, "open_recording", watched)
+    good, bad = tmp_path / "good.trace", tmp_path / "bad.trace"
+    good.write_bytes(SAMPLE.read_bytes())
+    bad.write_bytes(b"no recording at all\n" * 20 if damaged else SAMPLE.read_bytes())
+    names = [str(good)] * others + [str(bad)]
+    try:
+        ingest.ingest(names, tmp_path / "set", ingest.IngestOptions())
+    except RecordingError:
+        assert damaged
+    except UsageError:
+        assert others and not damaged  # two hypervisors
+    else:
+        assert not damaged and not others
+    assert len(opened) == len(names) and all(one.stream.closed for one in opened)
 
 
 @pytest.mark.parametrize("change", [_cut, _grow, _rewrite, _replace])
