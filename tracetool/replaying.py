@@ -225,7 +225,8 @@ class _Session:
         fact = self.facts.get(f"{name}_recorded")
         if isinstance(fact, Mapping) and fact.get("policy") in self.system.policies:
             return str(fact["policy"]), str(fact.get("why", ""))
-        return self.system.recorded, "assumed; --recorded says otherwise"
+        alone = len(self.system.policies) == 1  # nothing to choose from, nothing to assume
+        return self.system.recorded, "" if alone else "assumed; --recorded says otherwise"
 
     def config(self, *, closed: bool, calibrating: bool = False) -> Config:
         """Parameters: declared, measured (what-if), found by the binding, the user's; later ones win. The run that is

@@ -101,10 +101,11 @@ def _code(run: Mapping[str, Any], episodes: Sequence[Sequence[Mapping[str, Any]]
     when = f"at {times.at(first['t_ns'])}"
     if first["offset"] is not None:
         when += f", offset {first['offset']:#x}"
-    severity, expected = first["severity"], first["expected"] or "not stated"
+    severity = first["severity"]
+    expected = f"(expected: {first['expected']})" if first["expected"] else ""
     return [
         _line("  ", (severity.ljust(5), severity), f" {name}  ", (verdict.finding_id(run, first), "dim")),
-        _line(f"        {first['observed'] or 'not stated'} ", (f"(expected: {expected})", "dim")),
+        _line(f"        {first['observed'] or 'not stated'} ", (expected, "dim")),
         _line((f"        {when}, confidence {first['confidence']}", "dim")),
     ]
 
