@@ -24,6 +24,7 @@ from tests.cli.test_commands import tracetool
 from tracetool import shrink, terminal
 from tracetool.cli import app, run
 from tracetool.export import perfetto
+from tracetool.fleet import command as fleet_command
 from tracetool.query import write_frame
 from tracetool.replaying import Settings, replay_dataset
 from tracetool.report import bundle
@@ -139,7 +140,13 @@ def _bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(dataset, [], folder / "out.zip")
 
 
-@pytest.mark.parametrize("work", [_bundle, _export, _query, _report, _shrink])
+def _fleet_junit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", interrupt)
+    monkeypatch.setattr(Path, "rename", interrupt)
+    fleet_command._write(folder / "junit.xml", "<testsuites/>")
+
+
+@pytest.mark.parametrize("work", [_bundle, _export, _fleet_junit, _query, _report, _shrink])
 def test_ctrl_c_leaves_nothing(
     work: Callable[[Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

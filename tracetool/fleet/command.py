@@ -23,6 +23,7 @@ from tracetool.fleet.plan import Job, Target, find, stamp_of
 from tracetool.fleet.pool import run_pool
 from tracetool.fleet.triage import document, junit, text, triage
 from tracetool.fleet.work import Outcome, Task
+from tracetool.output import whole_files
 from tracetool.replaying import choose, choose_recorded
 from tracetool.request import check_severity
 from tracetool.results import SEVERITIES
@@ -199,13 +200,8 @@ def _locked(output: Path) -> Iterator[Path]:
 
 def _write(path: Path, content: str) -> None:
     """A file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_files(path) as (temporary,):
         temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path}: cannot write there: {error.strerror or error}", 5) from None
 
 
 def _exit_code(rows: dict[str, dict[str, Any]], groups: Sequence[dict[str, Any]], fail_on: str) -> int:
