@@ -162,7 +162,7 @@ def _policies(runs: Sequence[Mapping[str, Any]], times: Times, width: int) -> li
         body += [(f["name"], f["cells"]) for f in table["found"]]
         body += [(m["label"], [c[0] for c in m["cells"]]) for m in table["rows"]]
         body = [(clean(n), [clean(c) for c in cells]) for n, cells in body]
-        label = min(max(len(n) for n, _ in body), 26) + 1
+        label = min(max(len(n) for n, _ in body), 48) + 1
         room = width - 2 - label
         wide = [min(max(len(head), *(len(cells[i]) for _, cells in body)), room - 2) for i, head in enumerate(heads)]
         for some in _fitting(wide, room):
