@@ -14,10 +14,10 @@ import pytest
 
 from replay.declare import Config, System
 from replay.driver import Run, run_machine
-from replay.events import KINDS, NIL, NONE, events_from_json
+from replay.events import KINDS, NIL, NONE, Batch, events_from_json
 from replay.hardware.lapic import LocalApic, vector_class
 from replay.knowledge import UNKNOWN
-from replay.sink import Finding
+from replay.sink import Finding, Sink
 from replay.systems.apic import SYSTEM
 from replay.systems.apic.codes import CODES
 from replay.systems.apic.machine import ApicMachine
@@ -675,6 +675,35 @@ def test_the_short_cuts_change_nothing(seed: int, hidden: tuple[str, ...], known
     run = replay(random_events(seed, 300), hidden=hidden, known=known)
     assert len(run.findings) > 20
     assert run.metrics["deliveries"] > 50
+
+
+@pytest.mark.parametrize("hidden", [(), ("lapic.exit",), ("lapic.accept", "lapic.exit")])
+@pytest.mark.parametrize("value", [0, 0x0F, 0x10, 0x3F, 0x40, 0x5F, -1])
+def test_the_short_cuts_know_of_tpr(value: int, hidden: tuple[str, ...]) -> None:
+    """On a vCPU that serves one vector after the other, where everything but a TPR write could take a short cut.
+
+    A TPR of class 3 to 5 holds a vector back. That it is delivered all the same is impossible if TPR is certain, and
+    shows in any case that TPR is no longer known: the last request has an excuse then.
+    """
+    familiar = [e for n, v in enumerate((0x31, 0x41, 0x51) * 3) for e in serve(1_000 * n + 10, v, VCPU)]
+    again = [e for n, v in enumerate((0x31, 0x41, 0x51)) for e in serve(21_000 + 1_000 * n, v, VCPU)]
+    lowered = [tpr(30_000, 0, VCPU), *serve(31_000, 0x31, VCPU)]
+    asked = accept(40_000, 0x41, VCPU)
+    inverted = [INVERSION] if value >= 0x30 and not hidden else []
+    stuck = [] if "lapic.accept" in hidden else [STUCK]
+    for more, excused in ((lowered, False), ([], value < 0 or value >= 0x30)):
+        events = [runs(0), tpr(1, 0, VCPU), *familiar, tpr(20_000, value, VCPU), *again, *more, asked]
+        shown = [event for event in events if event[1] not in hidden]
+        assert codes(replay(shown, hidden=hidden)) == inverted + ([] if excused else stuck)
+
+
+def test_a_tpr_write_makes_no_ioapic() -> None:
+    """What ends the short cuts is TPR itself, of this processor alone."""
+    machine = SYSTEM.make(None, Config(SYSTEM.parameters), Sink(closed=False), "")
+    rows = [tpr(0, 0x50, VCPU), *take(10, 0x61, VCPU)]
+    machine.feed(Batch.of(events_from_json([{"t": t, "kind": k, **f} for t, k, f in rows]), machine.columns))
+    assert machine.ioapics == {}
+    assert machine.metrics()["deliveries"] == 1
 
 
 # -- in lockstep with an emulator's log: its LAPICs show requests, merges, EOIs and their broadcasts ---------------

@@ -240,8 +240,6 @@ class ApicMachine(Machine):
         """L2: TPR is written."""
         p.lapic.tpr = value & 0xFF if value >= 0 else UNKNOWN
         p.deliverable_since = self.now
-        if p.lapic.tpr >> 4 > 0 and self.monitor.tpr_certain:
-            self.ioapic(p.dom)  # which wants to see every delivery: short cuts know of no TPR
 
     def reset(self, p: Processor, dom: int, vcpu: int) -> None:
         """A new vCPU, INIT or power-up; without a vCPU, a whole new domain."""

@@ -48,6 +48,8 @@ STEPS: Final = 8  # a power of two above them
 
 #: Rows that are looked at together.
 STRIDE: Final = 1 << 14
+#: The lowest TPR that holds vectors back.
+FIRST_CLASS: Final = 1 << 4
 #: In place of the vector of an EOI that names none.
 UNNAMED: Final = 0
 
@@ -265,11 +267,13 @@ class QuickApicMachine(ApicMachine):
         self.settle(lane)
 
     def settle(self, lane: Lane) -> None:
-        """Registers to lane: find out whether the processor is calm."""
+        """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules."""
         p = lane.processor
-        if p is None or self.shut or p.lapic.tmr:
+        if p is None or self.shut:
             return
         lapic = p.lapic
+        if lapic.tmr or lapic.tpr >= FIRST_CLASS:  # UNKNOWN is below all
+            return
         if lapic.isr:
             if len(lapic.isr) == 1 == len(p.frames) and not lapic.irr and not p.requested_at:
                 lane.vector, lane.kept = p.frames[0]
