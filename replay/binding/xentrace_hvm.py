@@ -22,6 +22,8 @@ X2APIC_TPR: Final = 0x808
 X2APIC_EOI: Final = 0x80B
 LAPIC_TPR: Final = 0xFEE00080
 LAPIC_EOI: Final = 0xFEE000B0
+#: Confidence of TPR: behind a TPR shadow a guest writes without an exit, so there may be a later value unseen.
+CONF_TPR: Final = 80
 #: hvm_intsource of TRC_HVM_INTR_WINDOW: the interrupt comes through HVM_PARAM_CALLBACK_IRQ's vector.
 SOURCE_VECTOR: Final = 5
 
@@ -66,7 +68,7 @@ def survey(records: Records) -> Survey:
     result.observed = {
         "lapic.deliver": Observation(100, _INJ),
         "lapic.eoi": Observation(100, "x2APIC EOI (MSR 0x80b), MMIO 0xfee000b0 or TRC_HVM_VLAPIC; vector not recorded"),
-        "lapic.tpr": Observation(80, "CR8, MSR 0x808 and MMIO writes"),
+        "lapic.tpr": Observation(CONF_TPR, "CR8, MSR 0x808 and MMIO writes"),
         "lapic.idle": Observation(80, "TRC_HVM_HLT"),
     }
     return result
@@ -101,7 +103,7 @@ class Binder:
         for frame in self._tpr(lo, hi):
             yield event(
                 self._who(frame, switches), "lapic.tpr", "TPR write",
-                dom=pl.col("dom"), vcpu=pl.col("vcpu"), val=pl.col("tpr"),
+                dom=pl.col("dom"), vcpu=pl.col("vcpu"), val=pl.col("tpr"), conf=CONF_TPR,
             )  # fmt: skip
         halts = self._read("TRC_HVM_HLT", lo, hi, "runnable")
         if halts is not None:

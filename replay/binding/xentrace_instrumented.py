@@ -130,7 +130,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("TRC_VLAPIC_SERVE", "via.inject", _VECTOR, rank=1),
     Rule("TRC_VLAPIC_EOI", "lapic.eoi", {**_WHO, "obj": pl.when(pl.col("vector") > 0).then(pl.col("vector"))}),
     Rule("TRC_VLAPIC_EOI", "via.eoi", {**_WHO, "obj": pl.when(pl.col("vector") > 0).then(pl.col("vector"))}, rank=1),
-    Rule("TRC_VLAPIC_TPR", "lapic.tpr", {**_WHO, "val": pl.col("tpr")}),
+    # Behind a TPR shadow a guest writes without an exit: vlapic_set_tpr sees only the writes that are intercepted.
+    Rule("TRC_VLAPIC_TPR", "lapic.tpr", {**_WHO, "val": pl.col("tpr")}, conf=80),
     Rule("TRC_VLAPIC_WINDOW", "lapic.intr_window", {**_VECTOR, "val": pl.col("kind")}),
     # -- event channels --------------------------------------------------------------------------------------
     Rule("TRC_EVTCHN_PENDING", "evtchn.send", {**_DOM, "obj": pl.col("port")}),

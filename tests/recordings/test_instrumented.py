@@ -174,6 +174,28 @@ def test_virtual_ioapic_and_fifo_words(tmp_path: Path, capsys: pytest.CaptureFix
     }  # fmt: skip
 
 
+def test_writes_of_tpr_are_not_certain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vlapic_set_tpr sees only the writes that exit: a guest behind a TPR shadow may have written since."""
+    w = Writer()
+    w.setup(xen.VLAPIC)
+    for t, event, payload in (
+        (10, 0x88013, xen.struct.pack("<HHI", 0, 1, 0x50)),
+        (20, 0x88010, xen.struct.pack("<HHBBBB", 0, 1, 0x61, 0, 0, 0)),
+        (30, 0x88011, xen.struct.pack("<HHI", 0, 1, 0x61)),
+        (40, 0x88012, xen.struct.pack("<HHBBBB", 0, 1, 0x61, 0, 0, 0)),
+    ):
+        w.at = t
+        w.record(event, payload)
+    dataset = ingested(w.file(), tmp_path, capsys)
+    assert main(["query", str(dataset), "SELECT kind, val, conf FROM events WHERE kind LIKE 'lapic.%'", "--json"]) == 0
+    rows = [tuple(r.values()) if isinstance(r, dict) else tuple(r) for r in json.loads(capsys.readouterr().out)["rows"]]
+    assert sorted(rows) == [
+        ("lapic.accept", None, 100), ("lapic.deliver", None, 100), ("lapic.eoi", None, 100), ("lapic.tpr", 0x50, 80),
+    ]  # fmt: skip
+    observed = json.loads((dataset / "manifest.json").read_text())["observed"]
+    assert (observed["lapic.tpr"]["conf"], observed["lapic.deliver"]["conf"]) == (80, 100)
+
+
 def test_the_guest_part_is_blind_without_marks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bug = next(b for b in BUGS if b.name == "evtchn")
     seen = [e for e in bug.record(bad=True).events if e["kind"] in ("evtchn.send", "evtchn.notify", "evtchn.bind")]

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from tests.recordings.instrumented_writer import HZ, Writer, struct
 from tests.shared import SAMPLES, shared_path
 from tracetool.ingest import IngestOptions, ingest
 from tracetool.replaying import Settings, blind_share, choose, replay_dataset
@@ -88,6 +89,25 @@ def test_a_removed_eoi_is_found(tmp_path: Path) -> None:
         system, "any", [broken], config=Config(system.parameters), closed=False, from_boot=False, observed=observed
     )
     assert [f.code.name for f in run.findings][:1] == ["lapic-priority-inversion"]
+
+
+def test_writes_of_tpr_are_not_certain(tmp_path: Path) -> None:
+    """A guest behind a TPR shadow writes without an exit: each row is as sure as the manifest says the kind is."""
+    w = Writer()
+    w.record(0x21101, struct.pack("<HH", 0, 1))  # vCPU 0 of domain 1 runs
+    w.record(0x82109, struct.pack("<IQ", 8, 5), stamped=False)  # CR8
+    w.record(0x8200D, struct.pack("<IQ", 0x808, 0x61), stamped=False)  # the x2APIC's TPR
+    w.record(0x82317, struct.pack("<QQ", 0xFEE00080, 0x72), stamped=False)
+    w.record(0x82004, struct.pack("<II", 0x83, 0), stamped=False)
+    w.record(0x8200D, struct.pack("<IQ", 0x80B, 0), stamped=False)
+    (tmp_path / "host.xentrace").write_bytes(w.file())
+    dataset = stored(tmp_path / "host.xentrace", tmp_path, cpu_hz=HZ)
+    events = dataset.events().with_columns(pl.col("kind").cast(pl.String)).collect()
+    tpr = events.filter(pl.col("kind") == "lapic.tpr").sort("seq")
+    assert tpr["val"].to_list() == [0x50, 0x61, 0x72]
+    assert tpr["conf"].to_list() == [80, 80, 80]
+    assert dataset.manifest["observed"]["lapic.tpr"]["conf"] == 80
+    assert events.filter(pl.col("kind") == "lapic.deliver")["conf"].to_list() == [100]
 
 
 def test_without_scheduler_records_nothing_is_claimed(tmp_path: Path) -> None:
