@@ -35,7 +35,11 @@ def load_values(assignments: Sequence[str], config: Path | None = None) -> dict[
 def _file(path: Path) -> Mapping[str, Mapping[str, Any]]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
+    except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     if not all(isinstance(v, dict) for v in data.values()):
         raise UsageError(f"{path}: expected tables such as [hpet] with name = value")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.shared import SAMPLES, shared_path
+from tracetool.cli import run
 
 SAMPLE = SAMPLES / "xen-2l-dom0-idle.xentrace"
 FINDING_KEYS = [
@@ -195,6 +196,21 @@ def test_usage_errors(arguments: list[str], tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("tracetool: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read: No such file or directory"), (b"hpet = \xff", "not a text file: byte 7 is not UTF-8")],
+)
+def test_a_bad_file_of_thresholds(
+    content: bytes | None, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names the file once."""
+    path = tmp_path / "thresholds.toml"
+    if content is not None:
+        path.write_bytes(content)
+    assert run(["replay", str(SAMPLE), "--config", str(path)]) == 2
+    assert capfd.readouterr() == ("", f"tracetool: {path}: {said}\n")
 
 
 def test_missing_input(tmp_path: Path) -> None:
