@@ -129,16 +129,13 @@ def lane_key(lane: str) -> tuple[int, tuple[int, ...], str]:
     return (2 if lane.startswith("HPET channel") else 3), numbers, lane
 
 
-_VECTOR: Final = frozenset({"isr.begin", "isr.end", "idle.break"})
-
-
 def describe(row: Mapping[str, Any], times: Times | None = None) -> str:
     """An event in words: its kind and every column that is set; the vocabulary says what the columns mean."""
     kind = row["kind"]
     obj = row["obj"]
     parts = []
     if obj is not None:
-        word = "vector" if kind in _VECTOR or kind.startswith("via.i") else noun(kind)
+        word = noun(kind)
         parts.append(f"{word} {hexa(obj) if word == 'vector' else obj}")
     if row["vcpu"] is not None:
         parts.append(f"d{'?' if row['dom'] is None else row['dom']}v{row['vcpu']}")

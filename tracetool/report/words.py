@@ -21,6 +21,14 @@ _OBJECT: Final[Mapping[str, str]] = {
     "ioapic": "IOAPIC pin", "hwhpet": "HPET comparator", "isr": "vector", "irqdesc": "irq",
 }  # fmt: skip
 
+#: Codes and kinds of events whose object is not what their prefix says but a vector.
+_OTHER_OBJECT: Final[Mapping[str, str]] = dict.fromkeys(
+    (
+        "via.inject", "via.eoi", "via.isr_begin", "via.isr_end", "via-spurious-inject", "via-inject-storm",
+        "via-late-delivery", "idle.break", "ioapic.eoi", "ioapic.message",
+    ), "vector",
+)  # fmt: skip
+
 
 def clean(text: object, limit: int = 4000) -> str:
     """Text with every character that controls a terminal or reorders a line written as an escape.
@@ -141,7 +149,7 @@ class Times:
 def noun(name: str, system: str = "") -> str:
     """What `obj` is called for a code or an event kind."""
     prefix = name.replace(".", "-").partition("-")[0]
-    return _OBJECT.get(prefix) or _OBJECT.get(system) or "object"
+    return _OTHER_OBJECT.get(name) or _OBJECT.get(prefix) or _OBJECT.get(system) or "object"
 
 
 def where(finding: Mapping[str, Any], system: str = "") -> str:
