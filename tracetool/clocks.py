@@ -51,6 +51,7 @@ class Source:
     how: str = ""
     dom: int | None = None  # the domain whose kernel wrote it
     match: align.Estimate | None = None
+    derived_hz: float | None = None  # ticks a second by its own records
 
     @property
     def rows(self) -> int:
@@ -77,12 +78,17 @@ def listed(sources: Sequence[Source]) -> str:
     return ", ".join(s.label for s in sources)
 
 
-def reference_of(sources: Sequence[Source]) -> Source:
-    """The hypervisor's recording if its frequency is known, else the first with a known one."""
+def reference_of(sources: Sequence[Source], beside: Sequence[Source] = ()) -> Source:
+    """The hypervisor's recording if its frequency is known, else the first with a known one.
+
+    A single recording needs none if the snapshots `beside` it have no stamps: there is nothing to convert.
+    """
     for source in sources:
         if source.reader.clock.kind == "none":
             raise UsageError(f"{source.label} cannot be merged: a {source.reader.format} recording has no clock")
     known = [s for s in sources if s.reader.clock.unit == "ns" and s.reader.clock.hz]
+    if not known and len(sources) == 1 and all(s.reader.clock.kind == "none" for s in beside):
+        return sources[0]
     if not known:
         raise UsageError(f"no frequency is known for {listed(sources)}; give --cpu-hz")
     return next((s for s in known if s.reader.format in HYPERVISOR), known[0])
@@ -90,6 +96,8 @@ def reference_of(sources: Sequence[Source]) -> Source:
 
 def common_frequency(sources: Sequence[Source], reference: Source, options: IngestOptions, hz: float) -> None:
     """Read TSC stamps of all recordings with the frequency of the reference."""
+    if len(sources) == 1:
+        return
     if reference.reader.clock.kind != "tsc":
         ticking = [s.label for s in sources if s.reader.clock.unit == "ticks"]
         if ticking:

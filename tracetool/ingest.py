@@ -23,11 +23,14 @@ from tracetool import __version__
 from tracetool.store import DatasetWriter
 
 __all__ = [
+    "DERIVED_FROM",
     "IngestOptions",
     "Ingested",
     "Offset",
     "bind",
     "compressed_end",
+    "derived_frequency",
+    "derived_note",
     "describe_input",
     "ingest",
     "label_of",
@@ -54,6 +57,9 @@ BINDINGS: Final[Mapping[str, str]] = {
     "timer-list": "replay.binding.debugkeys",
     "lsevtchn": "replay.binding.debugkeys",
 }
+
+#: Origin of a frequency that the records of a recording tell.
+DERIVED_FROM: Final = "timer:hrtimer_expire_entry against CLOCK_MONOTONIC"
 
 #: Bytes around a damaged stretch whose records say when it was.
 NEAR_BYTES: Final = 16 << 10
@@ -163,14 +169,13 @@ def _ingest(
         extent = store_records(reader, opened, writer, progress, label)
         dataset = writer.close_records()
         if derived is None and name != "-":  # stdin cannot be read again
-            hz = _frequency(reader, dataset)
+            hz = derived_frequency(reader, dataset)
             if hz is not None:
                 raise _FrequencyFound(hz)
         manifest = {**describe_input(reader, opened, options), **extent}
         if derived is not None:
-            manifest["clock"]["origin"] = "timer:hrtimer_expire_entry against CLOCK_MONOTONIC"
-            text = f"the clock ticks at {derived:.0f} Hz by its own timer records; --cpu-hz states another"
-            writer.add_note(Note("clock-derived", "info", text), label)
+            manifest["clock"]["origin"] = DERIVED_FROM
+            writer.add_note(derived_note(derived), label)
         if opened.truncated:
             compressed_end(writer, opened, label)
             dataset = writer.close_records()
@@ -234,7 +239,13 @@ def place_gaps(dataset: Records, gaps: Sequence[dict[str, Any]]) -> bool:
     return bool(lost)
 
 
-def _frequency(reader: Reader, dataset: Records) -> float | None:
+def derived_note(hz: float) -> Note:
+    """Says that the frequency is the records' own."""
+    text = f"the clock ticks at {hz:.0f} Hz by its own timer records; --cpu-hz states another"
+    return Note("clock-derived", "info", text)
+
+
+def derived_frequency(reader: Reader, dataset: Records) -> float | None:
     """Ticks a second of a recording whose reader could not tell, from its records; None if they do not say."""
     if reader.clock.unit != "ticks":
         return None

@@ -83,7 +83,9 @@ def merge_recordings(
         clocked = [s for s in sources if s.reader.format not in SNAPSHOTS]
         if not clocked:
             raise UsageError(f"{listed(sources)} are snapshots; there is no recording to put them beside")
-        reference = reference_of(clocked)
+        if len(clocked) == 1:
+            _derive_frequency(clocked[0], writer, options)
+        reference = reference_of(clocked, [s for s in sources if s not in clocked])
         hz = float(reference.reader.clock.hz or 0)
         common_frequency(clocked, reference, options, hz)
         for source in sources:
@@ -106,6 +108,7 @@ def merge_recordings(
         ingest.note_left_out(manifest, options, writer)
         _say_what_binds(manifest, sources, bounds, reference)
         ingest.note_snapshot(manifest)
+        manifest["clock"]["unit"] = reference.reader.clock.unit  # a snapshot beside it changes nothing
         streams = [_stream(source, bound) for source, bound in zip(sources, bounds, strict=True)]
         streams += _callback_streams(sources, reference, manifest)
         manifest["events"] = writer.write_events(merged(streams), SCHEMA)
@@ -130,6 +133,19 @@ def _open(names: Sequence[str], options: IngestOptions, stack: ExitStack) -> lis
                 label += "+"
             sources.append(Source(label, opened, ingest.make_reader(opened, options, label)))
     return sources
+
+
+def _derive_frequency(source: Source, writer: DatasetWriter, options: IngestOptions) -> None:
+    """As when it is ingested alone: ticks whose frequency only its records tell are read twice."""
+    if source.reader.clock.unit != "ticks" or source.opened.name == "-":
+        return
+    with named(source.opened.name), DatasetWriter(writer.staging / "parts" / "frequency") as part:
+        ingest.store_records(source.reader, source.opened, part, None, source.label)
+        source.derived_hz = ingest.derived_frequency(source.reader, part.close_records())
+        # what was read is read again in any case
+        source.reader = ingest.make_reader(source.opened, options, source.label, cpu_hz=source.derived_hz)
+    if source.derived_hz is not None:
+        writer.add_note(ingest.derived_note(source.derived_hz), source.label)
 
 
 def _read(source: Source, writer: DatasetWriter, stack: ExitStack, progress: Progress | None) -> None:
@@ -308,6 +324,8 @@ def _say_what_binds(
 def _manifest(sources: Sequence[Source], reference: Source, options: IngestOptions, hz: float) -> dict[str, Any]:
     """The reference's manifest with the inputs of all, and for each how its clock was tied to the common one."""
     manifest = ingest.describe_input(reference.reader, reference.opened, options)
+    if reference.derived_hz is not None:
+        manifest["clock"]["origin"] = ingest.DERIVED_FROM
     counts: dict[str, int] = {}
     for source in sources:
         for name, n in source.reader.counts.items():

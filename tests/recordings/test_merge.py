@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from replay.declare import UsageError
 from replay.events import SCHEMA, events_from_json
-from tests.shared import shared_path
+from tests.shared import SAMPLES, shared_path
 from tracetool import align, cli
 from tracetool.ingest import Ingested, IngestOptions, ingest, parse_offset
 from tracetool.replaying import Settings, choose, replay_dataset
@@ -139,6 +139,34 @@ def test_a_wrong_statement_is_said(tmp_path: Path) -> None:
     done = put(tmp_path / "d", XEN_2L, offsets=(parse_offset("dom0-light.dat.zst=+3ms"),))
     assert [n["code"] for n in done.notes if n["code"] == "offset-contradicted"]
     assert done.manifest["inputs"][1]["domain"] is None
+
+
+def test_a_snapshot_without_stamps_needs_no_frequency(tmp_path: Path) -> None:
+    """Ticks stay ticks, and what the recording shows is as if it were alone; with stamps there is no common unit."""
+    recording, snapshot = SAMPLES / "ftrace-linux-6.1_50-clock-x86-tsc.txt.zst", SAMPLES / "proc-interrupts-dom0.txt"
+    alone = ingest([str(recording)], tmp_path / "alone", IngestOptions()).manifest
+    both = ingest([str(recording), str(snapshot)], tmp_path / "both", IngestOptions())
+    merged_ = both.manifest
+    assert merged_["clock"]["unit"] == alone["clock"]["unit"] == "ticks" and merged_["clock"]["hz"] is None
+    assert merged_["events"] == alone["events"] and merged_["observed"] == alone["observed"]
+    assert merged_["inputs"][0]["records"] == alone["span"]["records"]
+    assert merged_["inputs"][1]["records"] == 131 and merged_["inputs"][1]["clock"]["kind"] == "snapshot"
+    assert merged_["inputs"][1]["span"]["t0_ns"] > merged_["inputs"][0]["span"]["t1_ns"]
+    stamped = tmp_path / "timer_list"
+    stamped.write_text("Timer List Version: v0.9\nHRTIMER_MAX_CLOCK_BASES: 8\nnow at 5000000000 nsecs\n\ncpu: 0\n")
+    with pytest.raises(UsageError, match="no frequency is known"):
+        ingest([str(recording), str(stamped)], tmp_path / "c", IngestOptions())
+
+
+def test_a_recording_tells_its_frequency_beside_a_snapshot_too(tmp_path: Path) -> None:
+    """What the timers of a recording tell when it is alone, they tell beside a snapshot."""
+    folder = "linux-6.1-hpet-msi"
+    alone = put(tmp_path / "alone", (f"{folder}/plain-load.dat.zst",)).manifest
+    both = put(tmp_path / "both", (f"{folder}/plain-load.dat.zst", f"{folder}/interrupts-end.txt"))
+    assert {k: v for k, v in both.manifest["clock"].items() if k != "offsets"} == alone["clock"]
+    assert both.manifest["inputs"][0]["span"] == {k: alone["span"][k] for k in ("t0_ns", "t1_ns")}
+    assert both.manifest["events"] == alone["events"]
+    assert [note["code"] for note in both.notes].count("clock-derived") == 1
 
 
 def test_unmergeable_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
