@@ -84,7 +84,7 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     ),
     Recipe(
         "callback", "linux", "in the guest: the platform interrupt's handler and the upcall",
-        (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e kprobes "
+        (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e xenev "
          "-o guest.dat sleep 10"),
         probes=("upcall", "evtchn_2l_handle_events", "evtchn_2l_unmask"),
     ),
@@ -106,7 +106,7 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     Recipe(
         "irqflow", "linux", "handlers, affinity changes and flow handlers of every interrupt",
         (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e irq_vectors "
-         "-e kprobes -o linux.dat sleep 10"),
+         "-e irqflow -e xenev -o linux.dat sleep 10"),
         probes=("edge", "level", "fasteoi", "percpu", "hie", "setaff", "move", "lateeoi", "set_aff"),
         limits="Offsets into struct irq_desc are those of the kernels named; elsewhere (arm64, another configuration) "
         "the same lines are accepted and read garbage: compare irq= with the irq_handler_entry that follows. Raises "
@@ -114,7 +114,7 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     ),
     Recipe(
         "evtchn", "linux", "upcalls, masks, unmasks, bindings and handlers of event channels (Xen guests and dom0)",
-        (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e kprobes "
+        (*_KPROBES, "trace-cmd record -C x86-tsc -e irq:irq_handler_entry -e irq:irq_handler_exit -e xenev "
          "-o guest.dat sleep 10", "lsevtchn 0 > lsevtchn.txt"),
         probes=("pv_upcall_in", "upcall", "handle_port", "evtchn_2l_handle_events", "evtchn_2l_mask",
                 "evtchn_2l_unmask", "evtchn_2l_clear_pending", "evtchn_2l_bind_to_cpu",

@@ -26,6 +26,16 @@ def test_probes_are_those_that_were_tried() -> None:
             assert known[probe][1], probe
 
 
+def test_the_groups_of_the_probes_are_recorded() -> None:
+    """A probe is an event of the group in its own line: `-e kprobes` would record none of these."""
+    known = probes()
+    for recipe in RECIPES:
+        if any("kprobe_events" in command for command in recipe.commands):
+            for probe in recipe.probes:
+                group = known[probe][0].split()[0].partition(":")[2].partition("/")[0]
+                assert any(f" -e {group} " in command for command in recipe.commands), probe
+
+
 def test_every_platform_is_answered() -> None:
     """Either commands, or why there are none and where there are."""
     for system in SYSTEMS:
