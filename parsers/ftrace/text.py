@@ -91,6 +91,7 @@ class FtraceTextReader:
         stream.seek(0)
         self._stream, self._options = stream, options
         self.accounting = Accounting(total=total)
+        self._text_size = total
         head = stream.read(64 << 10)
         stream.seek(0)
         found = first_layout(head)
@@ -205,10 +206,24 @@ class FtraceTextReader:
             if not block:
                 return length
 
+    def _file_offset(self, at: int) -> int:
+        """Where in the file byte `at` of the text is."""
+        return at
+
+    def _file_lines(self, lines: Array) -> Array:
+        """Numbers of lines in the file from those in the text, both from 1."""
+        return lines
+
+    def _span(self, at: int, length: int) -> tuple[int, int]:
+        """A stretch of the text as a file's: offset and length."""
+        offset = self._file_offset(at)
+        return offset, self._file_offset(at + length) - offset
+
     def _skip(self, length: int) -> None:
         self.accounting.skipped += length
-        self._notes.append(note("ftrace-long-line", f"{length} bytes", self._position))
-        self._gaps.append(Gap("damaged", None, None, None, self._position, length, None, "a line too long"))
+        offset, size = self._span(self._position, length)
+        self._notes.append(note("ftrace-long-line", f"{length} bytes", offset))
+        self._gaps.append(Gap("damaged", None, None, None, offset, size, None, "a line too long"))
         self._position += length
         self._line += 1
 
@@ -289,14 +304,15 @@ class FtraceTextReader:
 
     def _tell_cut(self, scan: Scan, starts: Array, row: int, strays: list[int]) -> None:
         """The gap and the note of a last line without end; the line is skipped when it is no record."""
-        where = self._position + int(starts[row]) if row >= 0 else self.accounting.total
+        at = self._position + int(starts[row]) if row >= 0 else self._text_size
         records = scan.records
         before = records.stamp[records.stamped & (records.row < row)] if row >= 0 else records.stamp[records.stamped]
         stop = int(before[-1]) if before.size else max(self._last.values(), default=None)
-        self._notes.append(note("ftrace-truncated", "no newline at the end", where))
-        length = self.accounting.total - where if row in strays else 0
+        length = self._text_size - at if row in strays else 0
+        offset, size = self._span(at, length)
+        self._notes.append(note("ftrace-truncated", "no newline at the end", offset))
         self.accounting.skipped += length
-        self._gaps.append(Gap("truncated", None, stop, None, where, length, None, "ends inside a line"))
+        self._gaps.append(Gap("truncated", None, stop, None, offset, size, None, "ends inside a line"))
 
     def _wanted(self, data: Array, text: bytearray, starts: Array) -> Array | None:
         """Indices of the lines that `only` asks for, and of those that are no records; None: all lines.
@@ -350,7 +366,7 @@ class FtraceTextReader:
             at = int(np.searchsorted(records.row[on_cpu], row))
             before = int(records.stamp[on_cpu[at - 1]]) if at else self._last.get(cpu)
             after = int(records.stamp[on_cpu[at]]) if at < on_cpu.size else None
-            offset = self._position + int(starts[row])
+            offset = self._file_offset(self._position + int(starts[row]))
             self._gaps.append(Gap("lost-records", cpu, before, after, offset, 0, count))
             self._notes.append(note("ftrace-lost", f"cpu {cpu}: {count or 'some'} records", offset, cpu, count or 1))
         done = records.row < keep
@@ -369,11 +385,12 @@ class FtraceTextReader:
             length = int(ends[final] + 1 - starts[first])
             self.accounting.skipped += length
             if len(self._gaps) < 2000:
-                offset = self._position + int(starts[first])
-                self._gaps.append(Gap("damaged", None, None, None, offset, length, None, "not ftrace text"))
+                offset, size = self._span(self._position + int(starts[first]), length)
+                self._gaps.append(Gap("damaged", None, None, None, offset, size, None, "not ftrace text"))
         if rows:
-            where = self._position + int(starts[rows[0]])
-            self._notes.append(note("ftrace-line", f"line {self._line + rows[0]}", where, None, len(rows)))
+            where = self._file_offset(self._position + int(starts[rows[0]]))
+            (line,) = self._file_lines(np.array([self._line + rows[0]])).tolist()
+            self._notes.append(note("ftrace-line", f"line {line}", where, None, len(rows)))
 
 
 class TraceCmdReportReader(FtraceTextReader):

@@ -25,8 +25,6 @@ EXAMPLES = {"xenalyze": 4, "xentrace_format": 4}
 OPEN_ENDED = {"hrtimer", "clock_event_device"}
 #: Columns that later records tell.
 LATER = {"qemu": ("cpu",)}
-#: Lines of a page before the trace.
-BEFORE = {"systrace": 3}
 #: Notes of what is missing.
 TOLD = ("truncated", "cut", "empty", "section")
 
@@ -66,7 +64,7 @@ def assert_prefix(name: str, cut: int) -> None:
             assert told or whole_windows(name, cut)
         assert len(got) == expected_count(name, cut)
     else:
-        lines = data.count(b"\n") - BEFORE.get(name, 0)
+        lines = data.count(b"\n")
         opened = {row[:2] for row in missing if row[1] in OPEN_ENDED}
         assert not [r for r in missing if r[0] <= lines and r[:2] not in opened], (cut, missing[:3])
         assert not [r for r in extra if r[0] <= lines and r[:2] not in opened], (cut, extra[:3])
@@ -143,16 +141,13 @@ def assert_bounded_loss(name: str, start: int, noise: bytes) -> None:
         assert all((offset, table) in places for offset, table, _ in kept)
         return
     # Text: lines in a row; noise may bring or take line ends, so rows behind it move by that many lines.
-    first = data[:start].count(b"\n") + 1 - BEFORE.get(name, 0)
+    first = data[:start].count(b"\n") + 1
     before = [r for r in whole(name)[0] if r[0] < first - CONTEXT.get(name, 0) and r[1] not in OPEN_ENDED]
     gone = [r for r in before if not got[r]]
     assert not gone, f"{len(gone)} rows before the damage, first {gone[0]}"
-    last = data[:stop].count(b"\n") + 1 - BEFORE.get(name, 0)
-    at = 0  # where the lines are counted from
-    for _ in range(BEFORE.get(name, 0)):
-        at = data.index(b"\n", at) + 1
-    moved = damaged.count(b"\n", at) - data.count(b"\n", at)
-    if name in INDEPENDENT and not (at and start <= at < stop):  # empty lines before the trace do not count
+    last = data[:stop].count(b"\n") + 1
+    moved = damaged.count(b"\n") - data.count(b"\n")
+    if name in INDEPENDENT:
         # In whichever table: what an undeclared event's columns are is told by its first lines.
         found = {offset for offset, _, _ in got}
         lost = [r for r in whole(name)[0] if r[0] > last and r[0] + moved not in found]

@@ -154,6 +154,37 @@ def test_systrace(style: str) -> None:
     assert tables["tracing_mark_write"]["buf"].to_pylist() == ["B|7|x"]
 
 
+@pytest.mark.parametrize("style", ["script", "string", "zlib"])
+def test_places_of_systrace_are_those_of_the_page(style: str) -> None:
+    """Lines and offsets count in the page, with what stands around the trace; of packed text the block is the place."""
+    rows = [b"# tracer: nop\n"] + [line(b"a", b"cpu_idle: state=%d cpu_id=1" % n) for n in range(300)]
+    rows.insert(200, b"?? no event at all\n")
+    rows.insert(100, b"CPU:3 [LOST 7 EVENTS]\n")
+    trace = b"".join(rows)
+    top = b"<!DOCTYPE html>\n<html><!-- \\n a\n\n-->"
+    if style == "string":
+        page = top + b'<script>\nvar linuxPerfData = "' + trace.replace(b"\n", b"\\n\\\n") + b'";</script>'
+    else:
+        body = trace if style == "script" else b"TRACE:\n" + base64.b64encode(zlib.compress(trace))
+        lists = b'<script class="trace-data" type="application/text">\nUSER PID\n</script>\n'
+        page = top + lists + lists.replace(b"USER PID", b"\n\n" + body) + b"</html>"
+    assert sniff(page) is SystraceReader
+    reader, chunks, tables = read(page, SystraceReader)
+    found = tables["cpu_idle"].to_pydict()
+    assert len(found["state"]) == 300 and reader.accounting.skipped == len("?? no event at all\n")
+    for state, number in zip(found["state"], found["offset"], strict=True):
+        shown = page.split(b"\n")[number - 1] if style != "zlib" else rows[number - 1]
+        assert b"cpu_idle: state=%d cpu_id=1" % state in shown
+    for mark, code, reason in ((b"?? no", "ftrace-line", "damaged"), (b"CPU:3 [", "ftrace-lost", "lost-records")):
+        place = page.index(mark) if style != "zlib" else page.index(b"TRACE:")
+        (told,) = [note for chunk in chunks for note in chunk.notes if note.code == code]
+        (gap,) = [gap for chunk in chunks for gap in chunk.gaps if gap.reason == reason]
+        assert told.offset == gap.offset == place
+        if code == "ftrace-line":
+            number = page.count(b"\n", 0, place) + 1 if style != "zlib" else 202
+            assert told.text == f"line {number}"
+
+
 def test_endless_line_is_bounded() -> None:
     """A line of 100 MB costs neither memory nor the records around it."""
     good = line(b"a", b"cpu_idle: state=1 cpu_id=1")
