@@ -12,6 +12,7 @@ of hardware (which is virtual) is kept in the record tables but not among the ca
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -113,6 +114,8 @@ def merge_recordings(
         streams += _callback_streams(sources, reference, manifest)
         manifest["events"] = writer.write_events(merged(streams), SCHEMA)
         manifest["damaged"] = any(n["severity"] == "error" for n in writer.notes)
+        # Renamed with the dataset they would stay in it: a second copy of all records.
+        shutil.rmtree(writer.staging / "parts", ignore_errors=True)
         writer.finish(manifest)
         return Ingested(target, manifest, writer.gaps, writer.notes, manifest["damaged"])
 

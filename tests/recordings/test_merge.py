@@ -147,6 +147,7 @@ def test_a_snapshot_without_stamps_needs_no_frequency(tmp_path: Path) -> None:
     alone = ingest([str(recording)], tmp_path / "alone", IngestOptions()).manifest
     both = ingest([str(recording), str(snapshot)], tmp_path / "both", IngestOptions())
     merged_ = both.manifest
+    assert {p.name for p in both.path.iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
     assert merged_["clock"]["unit"] == alone["clock"]["unit"] == "ticks" and merged_["clock"]["hz"] is None
     assert merged_["events"] == alone["events"] and merged_["observed"] == alone["observed"]
     assert merged_["inputs"][0]["records"] == alone["span"]["records"]
