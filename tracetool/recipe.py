@@ -69,7 +69,7 @@ RECIPES: Final[tuple[Recipe, ...]] = (
         ("trace-cmd record -C x86-tsc -e power:cpu_idle -e irq:irq_handler_entry -e irq:irq_handler_exit "
          "-e timer:hrtimer_start -e timer:hrtimer_expire_entry -e timer:tick_stop -o linux.dat sleep 10",
          "cat /proc/interrupts > interrupts.txt; cat /proc/timer_list > timer_list.txt"),
-        probes=("clockevents_program", "bc_enter", "bc_oneshot"),
+        limits="Which comparator is armed for whom is not recorded: the rules about owners and members stay blind.",
     ),
     Recipe(
         "hpet", "qemu", "comparator writes, MSI routes and interrupts as the emulated hardware saw them",
@@ -120,6 +120,9 @@ RECIPES: Final[tuple[Recipe, ...]] = (
                 "evtchn_2l_unmask", "evtchn_2l_clear_pending", "evtchn_2l_bind_to_cpu",
                 "fifo_handle", "fifo_handle2", "fifo_mask", "fifo_unmask", "fifo_clear", "set_aff", "lateeoi",
                 "notify"),
+        limits="The hypervisor's sends are not seen: without samples of the pending and selector words at each probe, "
+        "the rules about stranded ports and selectors stay blind. Two-level lines were tried as kprobes/ of the same "
+        "functions and first arguments.",
     ),
     Recipe(
         "evtchn", "xen", "port states at one moment, as evidence at the end",

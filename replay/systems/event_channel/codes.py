@@ -50,7 +50,7 @@ SELECTOR_WRONG_VCPU: Final = Code(
     "A selector bit went 0 to 1 on a vCPU that does not handle the port that caused it.",
     "A port was unmasked from a foreign vCPU without the hypercall, or the two bindings disagree.",
     "rebind within rebind_ns; another ready port of the word is bound to that vCPU",
-    ("evtchn.send|evtchn.notify|evtchn.unmask", _BIND), ("rebind_ns",),
+    (_SEND, _BIND), ("rebind_ns",),
 )  # fmt: skip
 UPCALL_NO_WORK: Final = Code(
     "evtchn-upcall-no-work", "info", "E2", "Linux evtchn_2l_handle_events",

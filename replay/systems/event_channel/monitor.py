@@ -236,7 +236,8 @@ class Monitor:
                     return
         self.sink.report(
             codes.UPCALL_NO_WORK, t, dom=dom.id, vcpu=vcpu.number, seq=seq,
-            expected="a ready port", observed=f"selector words 0x{vcpu.taken:x}, no port dispatched",
+            expected="a ready port",
+            observed=f"no port dispatched (selector 0x{vcpu.taken:x} as far as known)",
         )  # fmt: skip
 
     def bound(self, dom: TwoLevelDomain, channel: Channel, t: int) -> None:
