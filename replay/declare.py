@@ -107,6 +107,8 @@ class System:
     effect_fields: Callable[[int], Mapping[str, int]] = lambda what: {}  # cpu, dom, vcpu, obj of a finding about it
     #: Parameters that change a stimulus: they hold in what-if runs, never in the run that is calibrated.
     changes: tuple[str, ...] = ()
+    #: Why a recording without findings is not clean all the same, from the metrics; "": nothing speaks against it.
+    doubt: Callable[[Mapping[str, int], Config], str] = lambda metrics, config: ""
 
     def policy(self, name: str) -> str:
         """The policy's own name for a name or a role; UsageError lists what there is."""

@@ -61,14 +61,16 @@ def run_record(
     seen = sight(system, rules)
     calibration = run.extra.get("calibration")
     withdrawn = calibration is not None and calibration["state"] != "calibrated"  # it is evidence for nothing
+    doubt = system.doubt(run.metrics, config) if run.mode == "verify" else ""
+    judged = verdict(findings, rules, blind_share, seen)
     return {
         "system": system.name,
         "section": system.section,
         "title": system.title,
         "policy": run.policy,
         "mode": run.mode,
-        "verdict": "inconclusive" if withdrawn else verdict(findings, rules, blind_share, seen),
-        "seen": sight_document(seen, len(findings)),
+        "verdict": "inconclusive" if withdrawn or (doubt and judged == "clean") else judged,
+        "seen": sight_document(seen, len(findings), doubt),
         "horizon_ns": run.horizon_ns,
         "calibration": calibration,
         "recorded": run.extra.get("recorded"),
@@ -144,15 +146,16 @@ def verdict(
     return "inconclusive" if blind_share > 0.5 else "clean"
 
 
-def sight_document(seen: Sight, findings: int = 0) -> dict[str, Any]:
-    """How much of the system could be seen, as plain JSON values: state, counts, and a sentence for people."""
+def sight_document(seen: Sight, findings: int = 0, doubt: str = "") -> dict[str, Any]:
+    """How much of the system could be seen, as plain JSON values: state, counts, and a sentence for people. `doubt`
+    says why what the rules saw is not to be relied on."""
     return {
-        "state": seen.state,
+        "state": "inconclusive" if doubt and seen.decides else seen.state,
         "checked": seen.checked,
         "inferred": seen.inferred,
         "blind": seen.blind,
         "key_rules_blind": list(seen.key_blind),
-        "text": seen.words(findings),
+        "text": f"{doubt}; {seen.words(findings)}" if doubt else seen.words(findings),
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from replay.coverage import Coverage, Observation, coverage, sight
+from replay.declare import Config
+from replay.driver import Run
 from replay.systems import SYSTEMS
 from tracetool.request import exit_code
-from tracetool.results import sight_document, verdict
+from tracetool.results import run_record, sight_document, verdict
 
 CALLBACK = SYSTEMS["callback"]
 
@@ -54,3 +56,20 @@ def test_a_hidden_system_that_nobody_asked_for_does_not_hide_the_others() -> Non
     assert exit_code([hidden, clean], "error", damaged=False, asked=True) == 4
     assert exit_code([hidden], "error", damaged=False, asked=False) == 4
     assert exit_code([hidden, gaps, clean], "error", damaged=False, asked=False) == 4
+
+
+def test_samples_that_contradict_the_model_are_no_clean_bill() -> None:
+    """A recording without its sends: the sampled words move, and nothing in the model does."""
+    system = SYSTEMS["evtchn"]
+    config = Config(system.parameters)
+    seen_all = coverage(system, {kind: Observation(100, "") for kind in system.kinds})
+
+    def judged(agree: int, disagree: int, mode: str = "verify") -> tuple[str, str, str]:
+        metrics = {"samples_agree": agree, "samples_disagree": disagree}
+        record = run_record(Run("evtchn", "modern", mode, [], metrics), system, config, seen_all)
+        return record["verdict"], record["seen"]["state"], record["seen"]["text"]
+
+    assert judged(95, 5)[:2] == judged(10, 10)[:2] == judged(9, 91, "what-if")[:2] == ("clean", "full")
+    verdict_, state, text = judged(94, 6)
+    assert (verdict_, state) == ("inconclusive", "inconclusive")
+    assert text.startswith("6 of 100 sampled words are not as the model has them: events that move them are missing; ")

@@ -18,7 +18,7 @@ from replay.events import NONE
 from replay.hardware.evtchn_two_level import SNAP_MASK
 
 __all__ = [
-    "CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "effect", "effect_fields", "effect_object", "effect_words",
+    "CALIBRATE", "DRIVES", "OUTCOMES", "STIMULI", "doubt", "effect", "effect_fields", "effect_object", "effect_words",
     "measure",
 ]  # fmt: skip
 
@@ -32,10 +32,24 @@ STIMULI: Final = (
     "evtchn.unmask", "evtchn.upcall_mask", "evtchn.upcall_unmask", "evtchn.close", "fifo.consuming", "sched.run",
     "sched.stop", "trace.lost",
 )  # fmt: skip
+#: Samples that are too few to doubt a recording for.
+FEW: Final = 100
 #: Samples in which the first one of each mask word is looked for.
 EARLY: Final = 4096
 _REBINDS: Final = ("evtchn.bind_vcpu", "guest.bind_cpu", "evtchn.rebind", "evtchn.bind")
 _KINDS: Final = (*OUTCOMES, *DRIVES, *_REBINDS, "evtchn.upcall")
+
+
+def doubt(metrics: Mapping[str, int], config: Config) -> str:
+    """Sampled pending, mask and selector words that differ from the model in more than a few cases: events that move
+    them are not recorded, and no rule about them can be relied on."""
+    agree, differ = metrics.get("samples_agree", 0), metrics.get("samples_disagree", 0)
+    if agree + differ < FEW or 100 * differ <= config.integer("disagree_percent") * (agree + differ):
+        return ""
+    return (
+        f"{differ} of {agree + differ} sampled words are not as the model has them: "
+        "events that move them are missing"
+    )
 
 
 def effect(event: Mapping[str, int]) -> int:

@@ -185,5 +185,7 @@ PARAMETERS: Final = (
     Parameter("rebind_ns", 10_000, "ns", "how long the two bindings may differ around a rebind"),
     Parameter("delay_ns", 10_000_000, "ns", "pending to handled on a running vCPU"),
     Parameter("masked_ns", 1_000_000_000, "ns", "pending and masked"),
+    Parameter("disagree_percent", 5, "%", "share of sampled words that may differ from the model; beyond it, finding "
+              "nothing proves nothing"),
     Parameter("busy_ns", 100_000, "ns", "BUSY held on a FIFO event word"),
 )  # fmt: skip
