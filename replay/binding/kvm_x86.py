@@ -175,7 +175,9 @@ class Binder:
         written = self.source.read("kvm_apic", lo, hi, "pid", "rw", "reg", "reg_sym", "val")
         if written is not None and who is not None:
             tpr = _of_vcpu(written.filter(_is("reg", TASKPRI) & (pl.col("rw") == 1)), who)
-            yield event(tpr, "lapic.tpr", "kvm_apic", dom=GUEST, vcpu=pl.col("vcpu_id"), val=pl.col("val") & 0xFF)
+            yield event(  # behind a TPR shadow later writes leave no record
+                tpr, "lapic.tpr", "kvm_apic", dom=GUEST, vcpu=pl.col("vcpu_id"), val=pl.col("val") & 0xFF, conf=80
+            )
         yield from self._runs(lo, hi)
 
     def _requests(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
