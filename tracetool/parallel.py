@@ -5,11 +5,8 @@ A system is the unit: its policies share one verify run and one calibration.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tracetool.child import cause, follow_parent, start_child
 from tracetool.store import Dataset, StoreError
 
 if TYPE_CHECKING:
@@ -69,12 +67,11 @@ def replay_systems(
     waiting = deque(range(len(names)))
     done: dict[int, Records | BaseException] = {}
     working: dict[Connection, tuple[int, Any]] = {}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
         while waiting or working:
             while waiting and len(working) < jobs:
                 index = waiting.popleft()
-                pipe, process = _start(threads, (dataset, plain, names[index], progress is not None))
+                pipe, process = start_child(_serve, dataset, plain, names[index], progress is not None, jobs=jobs)
                 working[pipe] = (index, process)
             ready = set(wait(list(working)))
             for pipe in [pipe for pipe in working if pipe in ready]:
@@ -83,7 +80,8 @@ def replay_systems(
                     what, answer = pipe.recv()
                 except (EOFError, OSError):
                     process.join()
-                    raise StoreError(f"{names[index]}: its process died {_cause(process.exitcode)}", 5) from None
+                    died = cause(process.exitcode, "out of memory? --jobs 1 needs the least")
+                    raise StoreError(f"{names[index]}: its process died {died}", 5) from None
                 if what == "progress":
                     if progress is not None:
                         progress(*answer)
@@ -104,32 +102,9 @@ def replay_systems(
     return [done[index] for index in range(len(names))]  # type: ignore[misc]
 
 
-def _start(threads: int, task: tuple[Dataset, Settings, str, bool]) -> tuple[Connection, Any]:
-    context = multiprocessing.get_context("spawn")  # polars and Arrow have threads: no fork
-    ours, theirs = context.Pipe(duplex=False)
-    held = os.environ.get("POLARS_MAX_THREADS")
-    os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # read when the process imports polars
-    try:
-        process = context.Process(target=_serve, args=(theirs, *task), daemon=True)
-        process.start()
-    finally:
-        theirs.close()
-        if held is None:
-            del os.environ["POLARS_MAX_THREADS"]
-    return ours, process
-
-
 def _serve(pipe: Connection, dataset: Dataset, settings: Settings, name: str, talks: bool) -> None:
-    """One system, in a process of its own. Ends with its parent, even in the middle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    """One system, in a process of its own."""
+    follow_parent()
     from tracetool.replaying import choose, replay_dataset
 
     def tell(*said: Any) -> None:
@@ -147,11 +122,3 @@ def _serve(pipe: Connection, dataset: Dataset, settings: Settings, name: str, ta
             pipe.send(("done", answer))
         except (TypeError, AttributeError, ValueError) as error:  # an exception that cannot travel
             pipe.send(("done", RuntimeError(f"{type(answer).__name__}: {answer} ({error})")))
-
-
-def _cause(code: int | None) -> str:
-    if code is not None and code < 0:
-        with suppress(ValueError):
-            hint = " (out of memory? --jobs 1 needs the least)" if code == -signal.SIGKILL else ""
-            return f"by {signal.Signals(-code).name}{hint}"
-    return f"with exit code {code}"

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +12,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
+from tracetool.child import cause, follow_parent, start_child
 from tracetool.fleet.work import Outcome, Task, failed_row, run_task
 
 __all__ = ["ATTEMPTS", "run_pool"]
@@ -27,18 +24,8 @@ ATTEMPTS: Final = 2
 class _Worker:
     """A process and our end of its pipe; `task` is what it works on."""
 
-    def __init__(self, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")  # polars and Arrow have threads: no fork
-        self.pipe, theirs = context.Pipe()
-        held = os.environ.get("POLARS_MAX_THREADS")
-        os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # read when the worker imports polars
-        try:
-            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self.process.start()
-        finally:
-            if held is None:
-                del os.environ["POLARS_MAX_THREADS"]
-        theirs.close()
+    def __init__(self, jobs: int) -> None:
+        self.pipe, self.process = start_child(_serve, jobs=jobs)
         self.task: Task | None = None
 
     def give(self, task: Task) -> None:
@@ -53,16 +40,8 @@ class _Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker: tasks come, outcomes go. Ends with its parent, even in the middle of a task."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    """A worker: tasks come, outcomes go."""
+    follow_parent()
     with suppress(EOFError, OSError):
         while True:
             pipe.send(run_task(pipe.recv()))
@@ -72,12 +51,11 @@ def run_pool(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     """Outcomes as they come. A worker that dies is replaced; its task is tried once more and then reported."""
     waiting = deque(tasks)
     jobs = min(jobs, len(tasks))
-    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
     workers: list[_Worker] = []
     try:
         while waiting or any(w.task for w in workers):
             while waiting and len(workers) < jobs:
-                workers.append(_Worker(threads))
+                workers.append(_Worker(jobs))
             for worker in workers:
                 if worker.task is None and waiting:
                     worker.give(waiting.popleft())
@@ -94,7 +72,7 @@ def run_pool(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
                 if task.attempt < ATTEMPTS:
                     waiting.append(replace(task, attempt=task.attempt + 1))
                     continue
-                said = f"its worker died {ATTEMPTS} times, last {_cause(worker.process.exitcode)}"
+                said = f"its worker died {ATTEMPTS} times, last {cause(worker.process.exitcode)}"
                 yield Outcome(task.name, failed_row(task, said), None)
     finally:
         for worker in workers:
@@ -108,10 +86,3 @@ def _receive(worker: _Worker) -> Outcome | None:
         return None
     assert isinstance(outcome, Outcome)
     return outcome
-
-
-def _cause(code: int | None) -> str:
-    if code is not None and code < 0:
-        with suppress(ValueError):
-            return f"by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-    return f"with exit code {code}"
