@@ -17,7 +17,7 @@ import polars as pl
 
 from replay.events import NIL
 
-__all__ = ["MIN_SAMPLES", "Bodies", "Lags", "Measured", "Read", "median"]
+__all__ = ["MIN_SAMPLES", "Bodies", "Lags", "Measured", "Read", "median", "of_kinds"]
 
 #: An object with fewer recorded bodies than this lends no median (C3).
 MIN_SAMPLES: Final = 8
@@ -27,6 +27,11 @@ class Read(Protocol):
     With a `limit` about that many of them, from the start."""
 
     def __call__(self, kinds: Sequence[str], limit: int | None = None) -> pl.DataFrame: ...
+
+
+def of_kinds(events: pl.DataFrame, *kinds: str) -> pl.DataFrame:
+    """The events of these kinds among what a `Read` gave."""
+    return events.filter(pl.col("kind").is_in(kinds))
 
 
 def median(values: Iterable[int]) -> int | None:

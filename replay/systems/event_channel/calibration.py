@@ -12,7 +12,7 @@ from typing import Final
 
 import polars as pl
 
-from replay.bodies import Lags, Measured, Read, median
+from replay.bodies import Lags, Measured, Read, median, of_kinds
 from replay.declare import Config
 from replay.events import NONE
 from replay.hardware.evtchn_two_level import SNAP_MASK
@@ -87,9 +87,9 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
         result.blind = "no evtchn.send in the recording: the guest's pending bits were never seen to rise"
         return result
     events = events.with_columns(pl.col("dom").cast(pl.Int64).fill_null(NONE))
-    handled = _of(events, OUTCOMES).drop_nulls(["obj", "vcpu"])
-    sends = _of(events, DRIVES)
-    upcalls = _of(events, ("evtchn.upcall",))
+    handled = of_kinds(events, *OUTCOMES).drop_nulls(["obj", "vcpu"])
+    sends = of_kinds(events, *DRIVES)
+    upcalls = of_kinds(events, "evtchn.upcall")
     done = handled.join_asof(
         upcalls.select("seq", "dom", "vcpu", entry="t_ns"), on="seq", by=["dom", "vcpu"], strategy="backward",
         check_sortedness=False,
@@ -105,7 +105,7 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     if lags:
         result.values["upcall_ns"] = max(median((pairs["due"] - pairs["at"]).to_list()) or 0, 0)
         result.reach_ns = max(lags)
-    _bindings(result, _of(events, (*OUTCOMES, *_REBINDS)))
+    _bindings(result, of_kinds(events, *OUTCOMES, *_REBINDS))
     if result.init:
         ports = {int(p) for p in sends["obj"].drop_nulls().unique().to_list()}
         result.init["S5"]["masked"] = _masked(read(("evtchn.snapshot",), EARLY), ports, config.integer("bits_per_word"))
@@ -117,10 +117,6 @@ def _masked(samples: pl.DataFrame, ports: set[int], bits: int) -> list[int]:
     words = samples.filter(pl.col("obj") == SNAP_MASK).drop_nulls(["tgt", "val"]).unique("tgt", keep="first")
     first = {int(word): int(value) for word, value in words.select("tgt", "val").iter_rows()}
     return sorted(p for p in ports if first.get(p // bits, 0) >> p % bits & 1)
-
-
-def _of(events: pl.DataFrame, kinds: tuple[str, ...]) -> pl.DataFrame:
-    return events.filter(pl.col("kind").is_in(kinds))
 
 
 def _bindings(result: Measured, events: pl.DataFrame) -> None:

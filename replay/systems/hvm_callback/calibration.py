@@ -15,7 +15,7 @@ from typing import Final
 
 import polars as pl
 
-from replay.bodies import Bodies, Measured, Read, median
+from replay.bodies import Bodies, Measured, Read, median, of_kinds
 from replay.coverage import CHECKED_FROM
 from replay.declare import Config
 from replay.events import NIL, NONE
@@ -82,18 +82,18 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
         )
         return result
     result.only = frozenset((vector,))
-    injections = _of(events, "via.inject").filter(pl.col("obj") == vector).select("seq", "dom", "vcpu", "t_ns")
+    injections = of_kinds(events, "via.inject").filter(pl.col("obj") == vector).select("seq", "dom", "vcpu", "t_ns")
     if not injections.height:
         result.blind = f"vector {vector:#x} was never injected"
         return result
     result.values["vector"] = vector
     result.values["sample_on_exit"] = 1
     result.values["rte_dest_vcpu"] = int(injections["vcpu"].mode().sort()[0])
-    sets = _of(events, "via.upcall_set").filter(pl.col("conf") >= CHECKED_FROM)
+    sets = of_kinds(events, "via.upcall_set").filter(pl.col("conf") >= CHECKED_FROM)
     kick_ns = config.integer("kick_ns")
     recorded = result.aids = Recorded()
     runs = _runs(events, injections)
-    _entries(recorded, runs, _of(events, "via.vmentry"))
+    _entries(recorded, runs, of_kinds(events, "via.vmentry"))
     if sets.height:
         injections = injections.with_columns(cause=pl.col("t_ns"))
     else:
@@ -118,15 +118,11 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     return result
 
 
-def _of(events: pl.DataFrame, kind: str) -> pl.DataFrame:
-    return events.filter(pl.col("kind") == kind)
-
-
 def _vector(events: pl.DataFrame, config: Config) -> int:
     """The callback's vector: stated, or named by the guest's handler."""
     if "vector" in config.given:
         return config.integer("vector")
-    named = _of(events, "via.isr_begin")["obj"].drop_nulls()
+    named = of_kinds(events, "via.isr_begin")["obj"].drop_nulls()
     return int(named.mode().sort()[0]) if len(named) else NONE
 
 
@@ -135,14 +131,14 @@ def _runs(events: pl.DataFrame, injections: pl.DataFrame) -> pl.DataFrame:
     who = ["dom", "vcpu"]
     runs = injections.with_columns(following=pl.col("t_ns").shift(-1).over(who))
     for name, kind in (("eoi", "via.eoi"), ("clear", "via.upcall_clear")):
-        marks = _of(events, kind).select("seq", *who, at="t_ns")
+        marks = of_kinds(events, kind).select("seq", *who, at="t_ns")
         if name == "eoi":
             marks = marks.with_columns(eoi_seq=pl.col("seq"))
         found = runs.join_asof(marks, on="seq", by=who, strategy="forward", check_sortedness=False)
         mine = pl.col("at").is_not_null() & (pl.col("following").is_null() | (pl.col("at") < pl.col("following")))
         runs = found.with_columns(pl.when(mine).then(pl.col("at") - pl.col("t_ns")).alias(name)).drop("at")
     runs = runs.with_columns(clear=pl.when(pl.col("clear") < pl.col("eoi")).then(pl.col("clear")))
-    entries = _of(events, "via.vmentry").select("seq", *who, entry="t_ns", after_seq="seq")
+    entries = of_kinds(events, "via.vmentry").select("seq", *who, entry="t_ns", after_seq="seq")
     runs = runs.sort("eoi_seq", nulls_last=True)
     ended = runs.filter(pl.col("eoi_seq").is_not_null())
     ended = ended.join_asof(

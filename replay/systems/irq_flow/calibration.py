@@ -12,7 +12,7 @@ from typing import Final
 
 import polars as pl
 
-from replay.bodies import Bodies, Lags, Measured, Read, median
+from replay.bodies import Bodies, Lags, Measured, Read, median, of_kinds
 from replay.declare import Config
 from replay.events import NIL
 from replay.hardware.irq_desc import PER_CPU
@@ -65,8 +65,8 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
         )
         return result
     events = read(_KINDS)
-    begins = _of(events, "flow.handler.begin").drop_nulls(["obj", "cpu"])
-    ends = _of(events, "flow.handler.end")
+    begins = of_kinds(events, "flow.handler.begin").drop_nulls(["obj", "cpu"])
+    ends = of_kinds(events, "flow.handler.end")
     runs = begins.select("seq", "t_ns", "obj", "cpu").join_asof(
         ends.select("seq", "obj", "cpu", "val", end="t_ns"), on="seq", by=["obj", "cpu"], strategy="forward",
         check_sortedness=False,
@@ -75,18 +75,18 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     runs = runs.with_columns(later=pl.col("t_ns").shift(-1).over("obj", "cpu"))
     runs = runs.filter(pl.col("end").is_not_null() & (pl.col("later").is_null() | (pl.col("end") <= pl.col("later"))))
     runs = runs.with_columns(duration=pl.col("end") - pl.col("t_ns"))
-    runs = _joined(runs, _of(events, "flow.consume"), "t_ns", "consume")
-    runs = _late(runs, _of(events, "flow.lateeoi"))
+    runs = _joined(runs, of_kinds(events, "flow.consume"), "t_ns", "consume")
+    runs = _late(runs, of_kinds(events, "flow.lateeoi"))
     if runs.height:
         result.values["handler_ns"] = median(runs["duration"].to_list())
     result.bodies = _bodies(runs)
-    _lags(result, _of(events, "flow.raise"), begins)
+    _lags(result, of_kinds(events, "flow.raise"), begins)
     first = begins.unique("obj", keep="first", maintain_order=True)
     result.init = {"S4": {
         "bound": {str(irq): cpu for irq, cpu in first.select("obj", "cpu").iter_rows()},
-        "percpu": _percpu(_of(events, "irqdesc.state")),
+        "percpu": _percpu(of_kinds(events, "irqdesc.state")),
     }}  # fmt: skip
-    _moves(result, _of(events, "flow.set_affinity"), _of(events, "guest.bind_cpu"))
+    _moves(result, of_kinds(events, "flow.set_affinity"), of_kinds(events, "guest.bind_cpu"))
     if "flow.consume" not in observed:
         result.assumptions.append(
             "flow.consume is not recorded: a handler is taken to look at its ring last consume_ns after it begins"
@@ -100,10 +100,6 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
             "--set irqflow.lateeoi_ns=N says it (ns after the handler's end)"
         )
     return result
-
-
-def _of(events: pl.DataFrame, kind: str) -> pl.DataFrame:
-    return events.filter(pl.col("kind") == kind)
 
 
 def _joined(runs: pl.DataFrame, marks: pl.DataFrame, since: str, name: str) -> pl.DataFrame:

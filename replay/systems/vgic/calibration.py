@@ -12,7 +12,7 @@ from typing import Final
 
 import polars as pl
 
-from replay.bodies import Bodies, Lags, Measured, Read, median
+from replay.bodies import Bodies, Lags, Measured, Read, median, of_kinds
 from replay.declare import Config
 
 __all__ = [
@@ -57,16 +57,16 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     if "vgic.phys_irq" not in observed:
         return result
     events = read(_KINDS)
-    edges = _of(events, "vgic.phys_irq").drop_nulls("obj").select("seq", "obj", "t_ns")
-    physical = _of(events, "gic.ack").filter((pl.col("flags") & VIRTUAL) == 0)
+    edges = of_kinds(events, "vgic.phys_irq").drop_nulls("obj").select("seq", "obj", "t_ns")
+    physical = of_kinds(events, "gic.ack").filter((pl.col("flags") & VIRTUAL) == 0)
     result.aids = bool(physical.height)  # then an edge that no core took has no lag
     if physical.height:
         chain = _next(edges, "seq", physical, "taken")
     else:
         chain = edges.with_columns(taken=pl.col("t_ns"), taken_seq=pl.col("seq"), taken_on=pl.lit(None, pl.Int64))
-    chain = _next(chain, "taken_seq", _of(events, "vgic.lr_write"), "loaded")
-    chain = _next(chain, "loaded_seq", _of(events, "vgic.ack"), "acked")
-    chain = _next(chain, "acked_seq", _of(events, "vgic.eoi"), "ended")
+    chain = _next(chain, "taken_seq", of_kinds(events, "vgic.lr_write"), "loaded")
+    chain = _next(chain, "loaded_seq", of_kinds(events, "vgic.ack"), "acked")
+    chain = _next(chain, "acked_seq", of_kinds(events, "vgic.eoi"), "ended")
     chain = chain.sort("seq").unique("taken", keep="first", maintain_order=True)  # edges that coalesced share one
     _arrivals(result, chain.drop_nulls("taken"))
     result.bodies = Bodies(2)
@@ -80,9 +80,10 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
         value = median(whole[column].to_list())
         if value is not None:
             result.values[name] = max(value, 1)
-    first = _of(events, "vgic.lr_write").drop_nulls(["obj", "vcpu"]).unique("obj", keep="first", maintain_order=True)
+    loads = of_kinds(events, "vgic.lr_write").drop_nulls(["obj", "vcpu"])
+    first = loads.unique("obj", keep="first", maintain_order=True)
     result.init = {"targets": {int(o): int(v) for o, v in first.select("obj", "vcpu").iter_rows()}}
-    weak = _of(events, "vgic.itargets").filter(pl.col("t_err_ns") > 2_000)
+    weak = of_kinds(events, "vgic.itargets").filter(pl.col("t_err_ns") > 2_000)
     if weak.height:
         widest = weak["t_err_ns"].max()
         result.assumptions.append(
@@ -90,10 +91,6 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
             f"{(widest if isinstance(widest, int) else 0) / 1e6:.1f} ms earlier than assumed"
         )
     return result
-
-
-def _of(events: pl.DataFrame, kind: str) -> pl.DataFrame:
-    return events.filter(pl.col("kind") == kind)
 
 
 def _next(chain: pl.DataFrame, after: str, marks: pl.DataFrame, name: str) -> pl.DataFrame:
