@@ -6,7 +6,6 @@ from collections import Counter
 from itertools import pairwise
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array, constant, dictionary, nulls, plain
@@ -362,6 +361,8 @@ class Builder:
         ends: Array,
     ) -> pa.Table:
         """Function tracers and stack traces."""
+        import polars as pl  # costs more than reading a small recording, and few have such lines
+
         self.tables.setdefault(name, FIXED[name])
         if name == "function":
             calls = pl.Series(group.strings(np.arange(len(group))))

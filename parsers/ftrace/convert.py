@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array, bits, plain
 from parsers.ftrace.shapes import Part
 
 __all__ = ["bitmask", "each", "fit", "hexadecimal", "parse_numbers", "word_value"]
+
+#: So few strings that Python converts them at once, without polars, which has to be imported first.
+FEW = 256
+BASE16 = re.compile(r"\+?[0-9a-fA-F]+")
 
 
 def parse_numbers(values: pa.Array, base16: bool) -> tuple[Array, Array]:
@@ -23,6 +26,8 @@ def parse_numbers(values: pa.Array, base16: bool) -> tuple[Array, Array]:
         return values.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64), np.ones(len(values), dtype=bool)
     except pa.ArrowInvalid:
         pass
+    import polars as pl  # costs more than reading a small recording, and few come here
+
     series = pl.Series(values)
     signed = series.cast(pl.Int64, strict=False)
     result, known = signed.fill_null(0).to_numpy().view(np.uint64), signed.is_not_null().to_numpy()
@@ -45,6 +50,12 @@ def hexadecimal(values: pa.Array) -> tuple[Array, Array]:
                 packed = b""
             if len(packed) == 8 * rows:
                 return np.frombuffer(packed, dtype=">u8").astype(np.uint64), np.ones(rows, dtype=bool)
+    if rows <= FEW:
+        numbers = [int(text, 16) if text and BASE16.fullmatch(text) else None for text in values.to_pylist()]
+        known = np.array([number is not None and number < 1 << 64 for number in numbers], dtype=bool)
+        return np.array([n if n is not None and n < 1 << 64 else 0 for n in numbers], dtype=np.uint64), known
+    import polars as pl  # as above
+
     parsed = pl.Series(values).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
     return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
 

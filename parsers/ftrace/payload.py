@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -37,6 +36,9 @@ MAX_KEYS = 64
 #: Events with at most so many different payloads in a batch, none longer than so many bytes, are looked up among the
 #: payloads met before; so many payloads are kept in all.
 MOST_LOOKED_UP, WIDEST_LOOKED_UP, MOST_KEPT = 256, 512, 1 << 15
+#: Payloads that Python's `re` looks at: so many at once, so many of a recording, of so many bytes. It is there at once,
+#: polars has to be imported first; but its time is not bounded by the length of what it reads.
+RE_ROWS, RE_ALL, RE_WIDTH = 128, 4096, 256
 PROBE = {"__probe_ip": pa.uint64(), "__probe_ip_sym": pa.string()}
 RETURN = {
     "__probe_func": pa.uint64(),
@@ -110,8 +112,10 @@ def _unquoted(columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
     return found
 
 
-def apply_shape(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Built:
-    """(row numbers that match, their columns). Payloads that repeat are matched once."""
+def apply_shape(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType], *, small: bool = False) -> Built:
+    """(row numbers that match, their columns). Payloads that repeat are matched once; `small`: by Python's `re`."""
+    if small:
+        return _converted(shape, *_matched_by_re(shape, payload), types)
     coded = payload.dictionary_encode() if len(payload) > 64 else None
     if coded is not None and 3 * len(coded.dictionary) < len(payload):
         rows, columns = _apply(shape, coded.dictionary, types)
@@ -127,15 +131,35 @@ def apply_shape(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) 
 
 
 def _apply(shape: Shape, payload: pa.Array, types: dict[str, pa.DataType]) -> Built:
+    return _converted(shape, *_matched(shape, payload), types)
+
+
+def _matched_by_re(shape: Shape, payload: pa.Array) -> tuple[Array, list[pa.Array]]:
+    """As `_matched`."""
+    found = [re.search(shape.pattern, text) for text in payload.to_pylist()]
+    rows = np.array([number for number, match in enumerate(found) if match is not None], dtype=np.int64)
+    groups = [match.groups() for match in found if match is not None]
+    return rows, [pa.array([group[n] for group in groups], pa.large_string()) for n in range(len(shape.parts))]
+
+
+def _matched(shape: Shape, payload: pa.Array) -> tuple[Array, list[pa.Array]]:
+    """Rows that match, and the texts of their parts."""
+    import polars as pl  # costs more than reading a small recording, and many need no pattern
+
     series = pl.Series(payload)
     if not shape.parts:
-        return np.flatnonzero(series.str.contains(shape.pattern).to_numpy()), {}
+        return np.flatnonzero(series.str.contains(shape.pattern).to_numpy()), []
     groups = series.str.extract_groups(shape.pattern).to_arrow().flatten()
     rows = np.arange(len(payload))
     if groups[0].null_count:
         matched = groups[0].is_valid()
         rows = np.flatnonzero(matched.to_numpy(zero_copy_only=False))
         groups = [values.filter(matched) for values in groups]
+    return rows, groups
+
+
+def _converted(shape: Shape, rows: Array, groups: list[pa.Array], types: dict[str, pa.DataType]) -> Built:
+    """Columns from the texts of the parts, and the rows that fit."""
     columns: dict[str, pa.Array] = {}
     good = np.ones(rows.size, dtype=bool)
     if not rows.size:
@@ -233,6 +257,7 @@ class Payloads:
         self._admitted: set[str] = set()
         self._known: dict[str, Known] = {}
         self._kept = 0
+        self._by_re = 0  # payloads
 
     def admits(self, name: str) -> bool:
         """Whether an event is one of those that `decode` takes: declared, or among the first MAX_TABLES others."""
@@ -334,9 +359,8 @@ class Payloads:
         shape = raw_shape(first, types)
         return rest if shape is None else self._try(shape, types, payload, rest, parts)
 
-    @staticmethod
     def _try(
-        shape: Shape, types: dict[str, pa.DataType], payload: Payload, rest: Array, parts: list[Built]
+        self, shape: Shape, types: dict[str, pa.DataType], payload: Payload, rest: Array, parts: list[Built]
     ) -> Array:
         """Append what `shape` takes of the rows `rest` to `parts`; gives the other rows."""
         if not rest.size:
@@ -352,7 +376,9 @@ class Payloads:
         literal = max(shape.literals, key=len, default=b"").strip(b" ")
         if literal and b"  " not in literal and literal not in memoryview(strings.buffers()[2]).tobytes():
             return rest
-        rows, columns = apply_shape(shape, strings, types)
+        small = rest.size <= RE_ROWS and self._by_re < RE_ALL and payload.part(rest).longest() <= RE_WIDTH
+        self._by_re += rest.size if small else 0
+        rows, columns = apply_shape(shape, strings, types, small=small)
         if rows.size:
             parts.append((rest[rows], columns))
             rest = np.delete(rest, rows)
