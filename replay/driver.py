@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from replay.bodies import Measured
 from replay.declare import Config, System, UsageError
+from replay.effects import Effects
 from replay.events import Batch
 from replay.machine import Machine
-from replay.sink import Finding, Sink
+from replay.sink import KEEP, Doubt, Finding, Sink
 
 __all__ = ["Run", "run_machine"]
 
@@ -27,10 +28,11 @@ class Run:
     mode: str  # "verify" | "what-if"
     findings: list[Finding]
     metrics: dict[str, int]
-    suppressed: dict[str, int] = field(default_factory=dict)
+    #: Findings that were counted, not kept: by code and severity.
+    suppressed: dict[tuple[str, str], int] = field(default_factory=dict)
     horizon_ns: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    effects: list[tuple[int, int]] = field(default_factory=list)
+    effects: Effects = field(default_factory=Effects)
 
 
 def _metrics(machine: Machine) -> dict[str, int]:
@@ -59,6 +61,8 @@ def run_machine(
     from_boot: bool = True,
     observed: frozenset[str] | None = None,
     measured: Measured | None = None,
+    keep: int = KEEP,
+    doubt: Doubt | None = None,
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
@@ -67,8 +71,9 @@ def run_machine(
     `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
     scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
     `measured` is what a what-if run takes from the recording besides stimuli: bodies, lags, initial state (spec 0.6).
+    `keep` and `doubt`: see `Sink`.
     """
-    sink = Sink(closed=closed)
+    sink = Sink(closed=closed, keep=keep, doubt=doubt)
     try:
         chosen = (policy_class or system.policies[policy])()
         machine = system.make(chosen, config, sink, sub)
@@ -84,6 +89,7 @@ def run_machine(
                 machine.feed(Batch.of(batch, machine.columns))
                 last = batch["t_ns"][-1].as_py()
         machine.finish(last if t_end is None else t_end)
+        sink.settle()
     except Exception as error:
         if policy_class is None or isinstance(error, UsageError):
             raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from replay.agenda import Agenda
 from replay.compiled import mypyc_attr
+from replay.effects import Effects
 from replay.events import Batch
 from replay.sink import Sink
 
@@ -38,7 +39,7 @@ class Machine:
         self.observed: frozenset[str] | None = None
         #: What-if: the effects that a guest or device would notice, as (t ns, what). Two policies that differ here
         #: have left the recording behind (spec 0.5).
-        self.effects: list[tuple[int, int]] = []
+        self.effects = Effects()
         #: What-if on a recording: what was measured in it (spec 0.6); None in scenarios.
         self.measured: Measured | None = None
         #: Tables for people that are neither findings nor metrics: name to rows of plain JSON values.

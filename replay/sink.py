@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from replay.declare import Code
 from replay.events import NIL, NONE
 
-__all__ = ["Evidence", "Finding", "Sink"]
+__all__ = ["KEEP", "Doubt", "Evidence", "Finding", "Sink"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +44,33 @@ class Finding:
     tags: tuple[str, ...] = ()
 
 
+#: Findings of one code and severity that are kept; the rest is counted.
+KEEP: Final = 10_000
+
+#: May lower the severity of findings in the light of what else is known of them; the second time it changes nothing.
+Doubt = Callable[[Sequence[Finding]], None]
+
+
 class Sink:
     """Collects findings of one run.
 
     `closed` runs drop the codes that spec B says closed runs never raise. A tainted finding is capped at info (U6).
-    `limit` bounds memory: per code, findings beyond it are counted in `suppressed`, not kept.
+    `keep` bounds memory: the first so many of each code and severity are kept, those beyond are counted in
+    `suppressed`, by code and severity. A severity may be lowered later, by lost records or by `doubt`; a code is
+    not full before as many have kept theirs, so the worst severity of a run never depends on the limit.
     """
 
-    __slots__ = ("closed", "findings", "limit", "suppressed", "totals")
+    __slots__ = ("closed", "doubt", "findings", "full", "held", "keep", "room", "suppressed")
 
-    def __init__(self, *, closed: bool, limit: int = 100_000) -> None:
+    def __init__(self, *, closed: bool, keep: int = KEEP, doubt: Doubt | None = None) -> None:
         self.closed: bool = closed
-        self.limit: int = limit
+        self.keep: int = keep
+        self.doubt: Doubt | None = doubt
         self.findings: list[Finding] = []
-        self.totals: dict[str, int] = {}
-        self.suppressed: dict[str, int] = {}
+        self.suppressed: dict[tuple[str, str], int] = {}
+        self.held: dict[tuple[str, str], int] = {}
+        self.room: dict[tuple[str, str], int] = {}  # how many may be held before it is looked whether it is full
+        self.full: set[tuple[str, str]] = set()
 
     def report(
         self,
@@ -83,18 +96,57 @@ class Sink:
         """Record one divergence at `t` ns. `severity` overrides the declared one; arguments as in spec I.4."""
         if self.closed and not code.closed:
             return
-        total = self.totals.get(code.name, 0) + 1
-        self.totals[code.name] = total
-        if total > self.limit:
-            self.suppressed[code.name] = total - self.limit
-            return
         level = "info" if "tainted" in tags else severity or code.severity
-        self.findings.append(
-            Finding(
-                code, level, t, cpu, dom, vcpu, obj, tgt, val, t_first, expected, observed, conf, cause, seq,
-                tuple(evidence), tuple(tags),
-            )
-        )  # fmt: skip
+        if self.keeps(code, level):
+            self.findings.append(
+                Finding(
+                    code, level, t, cpu, dom, vcpu, obj, tgt, val, t_first, expected, observed, conf, cause, seq,
+                    tuple(evidence), tuple(tags),
+                )
+            )  # fmt: skip
+
+    def keeps(self, code: Code, level: str) -> bool:
+        """Count one more finding, and say whether it is to be kept."""
+        key = (code.name, level)
+        if key not in self.full:
+            held = self.held.get(key, 0)
+            if held >= self.room.get(key, self.keep):
+                self.settle()
+                held = self.held[key]
+            if key not in self.full:
+                self.held[key] = held + 1
+                return True
+        self.suppressed[key] = self.suppressed.get(key, 0) + 1
+        return False
+
+    def settle(self) -> None:
+        """Have severities lowered that have to be; then let go what is too much. So at most twice `keep` are held."""
+        if self.doubt is not None:
+            self.doubt(self.findings)
+        held: dict[tuple[str, str], int] = {}
+        kept: list[Finding] = []
+        for finding in self.findings:
+            key = (finding.code.name, finding.severity)
+            count = held.get(key, 0)
+            if count < self.keep:
+                held[key] = count + 1
+                kept.append(finding)
+            else:
+                self.suppressed[key] = self.suppressed.get(key, 0) + 1
+        self.findings[:] = kept
+        self.full = {key for key, count in held.items() if count >= self.keep}
+        self.room = {key: count + self.keep for key, count in held.items()}
+        self.held = {**dict.fromkeys(self.held, 0), **held}
+
+    def taint(self, t: int) -> None:
+        """U6: whatever was found from `t` on is information only, for lost records may explain it."""
+        for finding in reversed(self.findings):
+            if finding.t < t:
+                break
+            finding.severity = "info"
+            finding.tags = (*finding.tags, "tainted")
+        self.full.clear()
+        self.room.clear()
 
     def severities(self) -> Mapping[str, int]:
         """How many findings of each severity were kept."""

@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 
 from replay.declare import UsageError
+from replay.sink import KEEP
 from replay.systems import SYSTEMS
 from tracetool import cache
 from tracetool.query import ask, columns_of, findings_frame, tables_of
@@ -93,19 +94,21 @@ class Trace:
         *,
         set: Mapping[str, Mapping[str, Any]] | None = None,
         recorded: Mapping[str, str] | None = None,
+        keep: int = KEEP,
     ) -> list[dict[str, Any]]:
         """Replay the dataset; returns one record for each run, as in `report -o x.json`.
 
         `system`: one or several, None for all that can be checked. `policy`: as `--policy` on the command line.
         `set`: parameter values by system, for instance `{"hpet": {"slop_ns": 50_000}}`. `recorded`: the policy that
-        really ran, by system, where the recording does not tell.
+        really ran, by system, where the recording does not tell. `keep`: findings of each code and severity that are
+        listed; those beyond are counted in `suppressed`.
         """
         systems = (system,) if isinstance(system, str) else tuple(system or ())
         policies = (policy,) if isinstance(policy, str) else tuple(policy)
         for name in systems:
             _known(name)
         ran = choose_recorded(f"{name}={policy}" for name, policy in (recorded or {}).items())
-        settings = Settings(tuple(choose(p) for p in policies), systems, _checked(set or {}), ran)
+        settings = Settings(tuple(choose(p) for p in policies), systems, _checked(set or {}), ran, keep)
         return replay_dataset(self._dataset, settings)
 
     def findings(

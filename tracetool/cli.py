@@ -284,7 +284,10 @@ def fleet(
 
     request = _request("", reading, thresholds, replaying)
     policies = request.policies or ("current",)
-    job = Job(policies, request.systems, request.values(), request.options, version_from, request.recorded)
+    job = Job(
+        policies, request.systems, request.values(), request.options, version_from, request.recorded,
+        request.settings().keep,
+    )  # fmt: skip
     code = run_fleet(
         recordings, output, job, jobs=jobs, engine=engine, json=json, junit_file=junit, fail_on=fail_on
     )

@@ -41,7 +41,9 @@ def explain(request: Request, finding: str | None, *, json: bool, show_python: b
         return exits.CLEAN
     settings = request.settings()
     own = [choice for choice in settings.policies if choice.cls is not None]
-    chosen = story.find(dataset, finding, settings.values, own=own, recorded=settings.recorded)
+    chosen = story.find(
+        dataset, finding, settings.values, own=own, recorded=settings.recorded, keep=settings.keep
+    )
     if json:
         print(jsonlib.dumps(story.document(dataset, chosen)))
     elif show_python:

@@ -59,9 +59,16 @@ def _replaying(
         list[str] | None,
         typer.Option("--recorded", help="SYSTEM=POLICY that really ran, where the recording does not tell."),
     ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", min=1, help="Findings of each code and severity listed (10000); more are counted."),
+    ] = None,
 ) -> Given:
     """What is replayed."""
-    return {"policies": tuple(policy or ()), "systems": tuple(system or ()), "recorded": tuple(recorded or ())}
+    return {
+        "policies": tuple(policy or ()), "systems": tuple(system or ()), "recorded": tuple(recorded or ()),
+        "keep": keep,
+    }  # fmt: skip
 
 
 def _thresholds(

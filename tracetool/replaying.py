@@ -17,7 +17,7 @@ from replay.declare import Config, System, UsageError
 from replay.driver import Run, run_machine
 from replay.events import KIND_ID, KINDS, NONE
 from replay.parting import part
-from replay.sink import Finding
+from replay.sink import KEEP, Finding, Sink
 from replay.systems import SYSTEMS
 from tracetool import calibrate, parallel
 from tracetool.results import SEVERITIES, run_record
@@ -50,12 +50,14 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a replay was asked to do. `values` is parameter values by system name; `recorded` the policy that really
-    ran, by system name, where the user knows it."""
+    ran, by system name, where the user knows it; `keep` findings of each code and severity are listed, the others
+    counted."""
 
     policies: tuple[Choice, ...] = (Choice("current"),)
     systems: tuple[str, ...] = ()
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recorded: Mapping[str, str] = field(default_factory=dict)
+    keep: int = KEEP
 
 
 def choose(spec: str) -> Choice:
@@ -201,6 +203,7 @@ class _Session:
         self.dataset = dataset
         self.progress = progress
         self.system = system
+        self.keep = settings.keep
         self.facts: Mapping[str, Any] = dataset.manifest.get("facts", {})
         self.stated: Mapping[str, Any] = self.facts.get(f"{system.name}_config", {})
         self.asked = settings.values.get(system.name, {})
@@ -253,18 +256,16 @@ class _Session:
             blind = {c.rule for c in self.rules if c.state == "blind"}
         if blind:
             run.findings = [f for f in run.findings if f.code.name not in blind]
-        if run.mode == "verify":
-            self.doubt(run.findings)
+            run.suppressed = {key: n for key, n in run.suppressed.items() if key[0] not in blind}
         run.extra["recorded"] = {"policy": self.recorded, "why": self.why_recorded}
         return run_record(
             run, self.system, self.config(closed=run.mode == "what-if"), self.rules,
             locate=self.locate, blind_share=self.blind,
         )  # fmt: skip
 
-    def doubt(self, findings: Iterable[Finding]) -> None:
+    def doubt(self, findings: Sequence[Finding]) -> None:
         """A finding is as sure as the weakest of its evidence and of the kinds that its rule needs (spec I.4). One that
-        is inferred for that reason is one severity less."""
-        findings = list(findings)
+        is inferred for that reason is one severity less. Doing it twice changes nothing."""
         of_rule = {c.rule: c.conf for c in self.rules if c.state != "blind"}
         seqs = {f.seq for f in findings} | {e.seq for f in findings for e in f.evidence if e.seq is not None}
         of_event = self.confidences(seqs - {NONE}) if seqs else {}
@@ -278,14 +279,16 @@ class _Session:
 
     def confidences(self, seqs: Iterable[int]) -> dict[int, int]:
         """Confidence of those canonical events that are not recorded themselves."""
-        frame = self.dataset.events().select("seq", "conf").filter(pl.col("conf") < 100)
-        return dict(frame.filter(pl.col("seq").is_in(sorted(seqs))).collect().iter_rows())
+        found = self.dataset.events_of(seqs, ("conf",))
+        return {seq: conf for frame in found for seq, conf in frame.filter(pl.col("conf") < 100).iter_rows()}
 
     def verify(self) -> Run:
         """The recording's own outcomes against the rules, and against what the model predicts (spec 0.5)."""
         if self._verified is None:
             self._verified = self.opened()
-            self._verified.findings += self.parted()
+            parted = self.parted()
+            self._verified.findings += parted.findings
+            self._verified.suppressed.update(parted.suppressed)
         return self._verified
 
     def opened(self) -> Run:
@@ -296,27 +299,29 @@ class _Session:
             )
         return self._opened
 
-    def parted(self) -> list[Finding]:
+    def parted(self) -> Sink:
         """Outcomes that only the recording or only its model has. A model that is not calibrated has no say."""
         system = self.system
+        sink = Sink(closed=False, keep=self.keep, doubt=self.doubt)
         if system.effect is None or not system.outcomes or not any(k in self.observed for k in system.outcomes):
-            return []
+            return sink
         if calibrate.blind_reason(system, self.observed, self.measured()):
-            return []
+            return sink
         base = self.recorded_what_if()
         if self.calibration()["state"] != "calibrated":
-            return []
+            return sink
         config = self.config(closed=True, calibrating=True)
         lost = [(g["t0_ns"], g["t1_ns"]) for g in self.dataset.gaps() if None not in (g["t0_ns"], g["t1_ns"])]
         recorded = self._read(system.outcomes)
         if (only := self.measured().only) is not None:
             recorded = recorded.filter(pl.col("obj").is_in(only))
-        return part(
+        part(
             base.effects, recorded, system.effect, system.effect_words,
             match_ns=config.integer("match_ns"), end_ns=self.end_ns, reach_ns=self.measured().reach_ns, lost=lost,
             subject=system.effect_object, fields=system.effect_fields,
-            inferred=self.measured().inferred or calibrate.inferred(system, self.observed),
+            inferred=self.measured().inferred or calibrate.inferred(system, self.observed), sink=sink,
         )  # fmt: skip
+        return sink
 
     def what_if(self, name: str, cls: type[Any] | None) -> Run:
         """The recorded stimuli under another policy, compared with the recorded policy on the same stimuli."""
@@ -386,6 +391,8 @@ class _Session:
             from_boot=False,
             observed=frozenset(self.observed),
             measured=self.measured() if closed else None,
+            keep=self.keep,
+            doubt=None if closed else self.doubt,
         )
 
     def _read(self, kinds: Sequence[str], limit: int | None = None) -> pl.DataFrame:
@@ -411,11 +418,10 @@ class _Session:
 
     def locate(self, seqs: Iterable[int]) -> dict[int, tuple[str, int]]:
         """Source and offset of canonical events."""
-        wanted = sorted(seqs)
-        frame = (
-            self.dataset.events()
-            .filter(pl.col("seq").is_in(wanted))
-            .select("seq", pl.col("src").cast(pl.String), pl.col("origin").struct.field("offset"))
-            .collect()
-        )
-        return {seq: (src, offset) for seq, src, offset in frame.iter_rows()}
+        found = self.dataset.events_of(seqs, ("src", "origin.offset"))
+        text = pl.col("src").cast(pl.String)
+        return {
+            seq: (src, offset)
+            for frame in found
+            for seq, src, offset in frame.select("seq", text, pl.col("origin").struct.field("offset")).iter_rows()
+        }

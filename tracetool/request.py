@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from replay.declare import UsageError
+from replay.sink import KEEP
 from tracetool import cache, exits, terminal
 from tracetool.ingest import Ingested, IngestOptions, parse_offset
 from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
@@ -31,6 +32,7 @@ class Request:
     options: IngestOptions = field(default_factory=IngestOptions)
     recorded: tuple[str, ...] = ()
     jobs: int | None = None
+    keep: int | None = None
 
     def values(self) -> Mapping[str, Mapping[str, Any]]:
         """Parameter values by system, from the file and from `--set`."""
@@ -39,7 +41,8 @@ class Request:
     def settings(self) -> Settings:
         """Policies and systems to replay (default: what was recorded); UsageError for what does not exist."""
         policies = tuple(choose(p) for p in self.policies or ("current",))
-        return Settings(policies, self.systems, self.values(), choose_recorded(self.recorded))
+        recorded = choose_recorded(self.recorded)
+        return Settings(policies, self.systems, self.values(), recorded, self.keep or KEEP)
 
 
 # -- options -------------------------------------------------------------------------------------------------------

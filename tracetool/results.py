@@ -58,6 +58,11 @@ def run_record(
     rank = {code.name: index for index, code in enumerate(system.codes)}
     findings = [_finding(f, where, rank) for f in sorted(run.findings, key=lambda f: f.t)]
     _episodes(findings)
+    suppressed: dict[str, int] = {}
+    by_severity: dict[str, int] = {}
+    for (code, severity), count in run.suppressed.items():
+        suppressed[code] = suppressed.get(code, 0) + count
+        by_severity[severity] = by_severity.get(severity, 0) + count
     seen = sight(system, rules)
     calibration = run.extra.get("calibration")
     withdrawn = calibration is not None and calibration["state"] != "calibrated"  # it is evidence for nothing
@@ -70,13 +75,14 @@ def run_record(
         "policy": run.policy,
         "mode": run.mode,
         "verdict": "inconclusive" if withdrawn or (doubt and judged == "clean") else judged,
-        "seen": sight_document(seen, len(findings), doubt),
+        "seen": sight_document(seen, len(findings) + sum(suppressed.values()), doubt),
         "horizon_ns": run.horizon_ns,
         "calibration": calibration,
         "recorded": run.extra.get("recorded"),
         "extra": {k: v for k, v in run.extra.items() if k not in ("calibration", "recorded")},
         "findings": findings,
-        "suppressed": run.suppressed,
+        "suppressed": suppressed,
+        "suppressed_by_severity": by_severity,
         "metrics": run.metrics,
         "coverage": [{"rule": c.rule, "state": c.state, "reason": c.reason} for c in rules],
         "config": {
@@ -197,6 +203,7 @@ def contract(runs: Sequence[Mapping[str, Any]]) -> str:
                 "seen": run["seen"],
                 "calibration": run["calibration"],
                 "findings": [{key: finding[key] for key in CONTRACT} for finding in run["findings"]],
+                "suppressed": run["suppressed"],
                 "metrics": run["metrics"],
             }
             for run in runs

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -415,6 +416,21 @@ class Dataset:
             chosen = frame.filter(pl.col("kind").cast(pl.String).is_in(kinds))
             for start in range(0, chosen.height, BATCH_ROWS):
                 yield chosen[start : start + BATCH_ROWS].to_arrow()
+
+    def events_of(self, seqs: Iterable[int], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """Canonical events of these numbers, `seq` and some columns; only row groups that have one are read."""
+        wanted = np.unique(np.fromiter(seqs, np.uint64))
+        file = pq.ParquetFile(self.path / "events.parquet")
+        place = file.schema_arrow.get_field_index("seq")
+        for group in range(file.num_row_groups):
+            known = file.metadata.row_group(group).column(place).statistics
+            if known is not None and known.has_min_max:
+                first, last = np.searchsorted(wanted, np.array([known.min, known.max + 1], np.uint64))
+                if first == last:
+                    continue
+            frame = pl.from_arrow(file.read_row_group(group, columns=["seq", *columns]))
+            assert isinstance(frame, pl.DataFrame)
+            yield frame.filter(pl.Series(np.isin(frame["seq"].to_numpy(), wanted)))
 
     def gaps(self) -> list[dict[str, Any]]:
         """The gaps, as dictionaries of `GAPS_SCHEMA`."""

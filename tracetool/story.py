@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from replay.declare import UsageError
+from replay.sink import KEEP
 from replay.systems import SYSTEMS
 from tracetool.replaying import Choice, Settings, checkable, choose, replay_dataset
 from tracetool.report import console, recorded, stories, verdict
@@ -51,12 +52,13 @@ def find(
     *,
     own: Sequence[Choice] = (),
     recorded: Mapping[str, str] | None = None,
+    keep: int = KEEP,
 ) -> Chosen:
     """The episode that `system:policy:episode` or a code (its first episode) names; UsageError when there is none.
 
-    `own`: policies of the user's that the name may mean; `values` and `recorded` as in `Settings`.
+    `own`: policies of the user's that the name may mean; `values`, `recorded` and `keep` as in `Settings`.
     """
-    given = Settings((), (), values or {}, recorded or {})
+    given = Settings((), (), values or {}, recorded or {}, keep)
     system, policy, episode = _parsed(name, own)
     if not system:
         return _first_of(dataset, name, given, own)
@@ -107,7 +109,7 @@ def _first_of(dataset: Dataset, code: str, given: Settings, own: Sequence[Choice
                 for group in fold(run["findings"]):
                     if group[0]["code"] == code:
                         name = finding_id(run, group[0])
-                        return find(dataset, name, given.values, own=own, recorded=given.recorded)
+                        return find(dataset, name, given.values, own=own, recorded=given.recorded, keep=given.keep)
     raise UsageError(f"no finding {code!r} in this recording; list what was found: tracetool explain DATASET")
 
 

@@ -91,7 +91,7 @@ def test_replay_json_follows_the_contract(dataset: Path, tmp_path: Path) -> None
     assert list(document) == ["schema", "runs", "coverage"]
     verify, what_if = document["runs"]
     assert list(verify) == [
-        "system", "policy", "mode", "verdict", "horizon_ns", "seen", "calibration", "findings", "metrics",
+        "system", "policy", "mode", "verdict", "horizon_ns", "seen", "calibration", "findings", "suppressed", "metrics",
     ]  # fmt: skip
     assert verify["calibration"] is None and what_if["calibration"]["state"] in ("calibrated", "uncalibrated")
     assert verify["seen"]["blind"] == sum(c["state"] == "blind" for c in document["coverage"])

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from zlib import crc32
 
 from replay.declare import UsageError
+from replay.sink import KEEP
 from tracetool import __version__
 from tracetool.ingest import IngestOptions
 from tracetool.store import is_dataset
@@ -60,6 +61,7 @@ class Job:
     options: IngestOptions = field(default_factory=IngestOptions)
     version_from: str | None = None
     recorded: tuple[str, ...] = ()
+    keep: int = KEEP
     tool: str = __version__
 
     def digest(self) -> str:
@@ -69,7 +71,7 @@ class Job:
             sorted((s, sorted(v.items())) for s, v in self.values.items()),
             self.options.cpu_hz, self.options.xen_version, self.options.format, self.options.hpet_irqs,
             sorted((k, sorted(v.items())) for k, v in self.options.event_map.items()), self.version_from, self.tool,
-            sorted(self.recorded),
+            sorted(self.recorded), self.keep,
         )  # fmt: skip
         return hashlib.sha256(repr(stated).encode()).hexdigest()[:32]
 

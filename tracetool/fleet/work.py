@@ -113,7 +113,7 @@ def _replay(task: Task, scratch: Path, row: dict[str, Any]) -> dict[str, list[di
         ingest([task.path], scratch, job.options)
     dataset = Dataset.open(path if path.is_dir() else scratch)
     recorded = choose_recorded(job.recorded)
-    settings = Settings(tuple(choose(p) for p in job.policies), job.systems, job.values, recorded)
+    settings = Settings(tuple(choose(p) for p in job.policies), job.systems, job.values, recorded, job.keep)
     # Two roles may be one policy of a system; its run is stored once.
     runs = list({(r["system"], r["policy"]): r for r in replay_dataset(dataset, settings)}.values())
     _describe(row, dataset.manifest, task)

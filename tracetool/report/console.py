@@ -71,6 +71,8 @@ def _run(run: Mapping[str, Any], times: Times) -> list[Text]:
     found: list[Piece] = []
     for severity, n in verdict.severities(run["findings"]).items():
         found += [", ", (count({severity: n}), severity)]
+    if beyond := verdict.unlisted(run):
+        found += [f", {number(beyond)} more not listed"]
     judged = (verdict.verdict_words(run), run["verdict"])
     out = [_line((verdict.run_name(run), "bold"), ": ", judged, *(found or [", no findings"]))]
     if run["mode"] != "verify":

@@ -18,7 +18,8 @@ from tracetool.results import SEVERITIES, episode_key, fold
 
 __all__ = [
     "REASONS", "Rule", "calibration_words", "code_of", "finding_id", "headline", "overall", "primary", "reliable",
-    "rules", "run_name", "run_summary", "severities", "verdict_words", "worth",
+    "rules", "run_name", "run_summary", "severities", "unlisted",
+    "verdict_words", "worth",
 ]  # fmt: skip
 
 #: Facts of a dataset that say why a system cannot be judged, when they are text.
@@ -97,7 +98,18 @@ def overall(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
-    """The verdict in a sentence or two."""
+    """The verdict in a sentence or two, and what is not listed."""
+    beyond = sum(unlisted(run) for run in runs)
+    more = f" Counted, but not listed: {plural(beyond, 'further finding')}; --keep N lists more." if beyond else ""
+    return _headline(runs, times) + more
+
+
+def unlisted(run: Mapping[str, Any]) -> int:
+    """Findings beyond those that were kept of each code and severity."""
+    return sum((run.get("suppressed") or {}).values())
+
+
+def _headline(runs: Sequence[Mapping[str, Any]], times: Times) -> str:
     if not runs:
         return (
             "Nothing was replayed, so nothing is known about this recording: it has not the events that any rule needs."
@@ -163,13 +175,12 @@ def _inside(sentence: str) -> str:
 def run_summary(run: Mapping[str, Any], times: Times) -> dict[str, Any]:
     """Numbers of one run for the table of verdicts."""
     states = Counter(r["state"] for r in run["coverage"])
-    found = severities(run["findings"])
+    found = Counter(severities(run["findings"])) + Counter(run.get("suppressed_by_severity"))
     return {
         "system": run["system"], "title": run.get("title", ""), "policy": run["policy"], "mode": run["mode"],
         "verdict": verdict_words(run), "kind": run["verdict"], "error": found.get("error", 0),
         "warn": found.get("warn", 0), "info": found.get("info", 0), "checked": states["checked"],
         "inferred": states["inferred"], "blind": states["blind"],
-        "suppressed": sum((run.get("suppressed") or {}).values()),
         "worth": reliable(run, -(1 << 62), times, brief=True),
     }  # fmt: skip
 

@@ -222,11 +222,7 @@ class FifoMachine(FifoRules):
                 port.forget()
             for vcpu in dom.vcpus.values():
                 vcpu.forget()
-        for finding in reversed(self.sink.findings):
-            if finding.t < t0:
-                break
-            finding.severity = "info"
-            finding.tags = (*finding.tags, "tainted")
+        self.sink.taint(t0)
 
     def metrics(self) -> dict[str, int]:
         """Spec S5.6."""

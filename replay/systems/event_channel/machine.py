@@ -386,8 +386,4 @@ class TwoLevelMachine(TwoLevelRules):
         for dom in self.list:
             dom.forget()
         self.from_boot = False
-        for finding in reversed(self.sink.findings):
-            if finding.t < t0:
-                break
-            finding.severity = "info"
-            finding.tags = (*finding.tags, "tainted")
+        self.sink.taint(t0)

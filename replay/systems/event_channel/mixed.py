@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from replay.declare import Config
+from replay.effects import Effects
 from replay.events import NONE
 from replay.hardware.evtchn_two_level import ABI_FIFO, SNAP_ABI
 from replay.machine import Machine
@@ -54,7 +55,7 @@ class MixedMachine(Machine):
         """The ends of both."""
         self.two_level.finish(t_end)
         self.fifo.finish(t_end)
-        self.effects = sorted(self.two_level.effects + self.fifo.effects)
+        self.effects = Effects(sorted((*self.two_level.effects, *self.fifo.effects)))
         self.sink.findings.sort(key=lambda finding: finding.t)
 
     def metrics(self) -> dict[str, int]:

@@ -231,8 +231,4 @@ class IrqFlowMachine(IrqFlowRules):
             irq.forget()
         self.upcall_found.clear()
         self.descs.forget(cpu)
-        for finding in reversed(self.sink.findings):
-            if finding.t < t0:
-                break
-            finding.severity = "info"
-            finding.tags = (*finding.tags, "tainted")
+        self.sink.taint(t0)
