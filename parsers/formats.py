@@ -15,11 +15,12 @@ from parsers.recording import Reader
 
 __all__ = ["FORMATS", "MARKS", "reader_class", "sniff"]
 
-#: (name of the format, module, class); the first class whose `sniff` accepts the head of the file wins.
+#: (name of the format, module, class); the first class whose `sniff` accepts the head of the file wins, so
+#: those that nothing else can be come first.
 FORMATS: tuple[tuple[str, str, str], ...] = (
+    ("trace.dat", "parsers.tracedat", "TraceDatReader"),
     ("xentrace", "parsers.xentrace.reader", "XentraceReader"),
     ("qemu", "parsers.qemu.reader", "QemuReader"),
-    ("trace.dat", "parsers.tracedat", "TraceDatReader"),
     ("xenalyze", "parsers.xenalyze", "XenalyzeReader"),
     ("xentrace_format", "parsers.xenalyze", "ClassicReader"),
     ("proc-interrupts", "parsers.debugkeys", "InterruptsReader"),
