@@ -8,17 +8,14 @@ priority that the emulator prints when it looks for the best pending interrupt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import reduce
-from operator import or_
 from typing import Final
 
 from replay.declare import Config
 from replay.events import KIND_ID, NIL, NONE
-from replay.hardware.gic_cpu_interface import GicCpuInterface
 from replay.hardware.gic_distributor import GicDistributor
-from replay.hardware.gic_list_registers import ListRegisters
 from replay.lockstep import Lockstep
 from replay.sink import Sink
+from replay.systems.gic.interfaces import ACTIVE, GICH_LR, Interfaces
 
 __all__ = ["NEEDS", "GicLockstep"]
 
@@ -47,61 +44,18 @@ GICC_CTLR: Final = 0x0000
 GICC_PMR: Final = 0x0004
 EOIR: Final = 0x10
 GICC_DIR: Final = 0x1000
-GICH_HCR: Final = 0x000
-GICH_VMCR: Final = 0x008
-GICH_APR: Final = 0x0F0
-GICH_LR: Final = 0x100
 MAX_CPUS: Final = 8
 MAX_IRQS: Final = 1020
+SGIS: Final = 16
+PRIVATE: Final = 32
 MAX_LRS: Final = 64
 INTID: Final = 0x3FF
 SPURIOUS: Final = 1023
 #: Running priority when nothing is active.
 IDLE: Final = 0x100
-#: State of a list register.
-ACTIVE: Final = 2
 EOIMODE: Final = 1 << 9
 ITARGETSR: Final = 0x800
 ICFGR: Final = 0xC00
-
-
-class _Interfaces:
-    """Both CPU interfaces of a core. `unknown` are the GICH registers of which the value was never seen."""
-
-    __slots__ = ("lrs", "physical", "unknown")
-
-    def __init__(self, distributor: GicDistributor, cpu: int, nr_lrs: int, *, known: bool) -> None:
-        self.physical = GicCpuInterface(distributor, cpu)
-        self.lrs = ListRegisters(nr_lrs)
-        registers = [GICH_HCR, GICH_VMCR, GICH_APR, *range(GICH_LR, GICH_LR + 4 * nr_lrs, 4)]
-        self.unknown: set[int] = set() if known else set(registers)
-
-    def read(self, offset: int) -> int:
-        """GICH + `offset`, NIL for a register that is not modelled."""
-        if offset == GICH_HCR:
-            return self.lrs.hcr
-        if offset == GICH_VMCR:
-            return self.lrs.vmcr
-        if offset == GICH_APR:
-            return self.lrs.apr
-        n = (offset - GICH_LR) // 4
-        return self.lrs.words[n] if 0 <= n < self.lrs.count else NIL
-
-    def active_priorities(self) -> int:
-        """APR as the list registers have it: one bit for each priority of which one is active."""
-        return reduce(or_, (1 << (w >> 23 & 0x1F) for w in self.lrs.words if w >> 28 & ACTIVE), 0)
-
-    def write(self, offset: int, value: int) -> None:
-        """GICH + `offset` := value."""
-        self.unknown.discard(offset)
-        if offset == GICH_HCR:
-            self.lrs.hcr = value
-        elif offset == GICH_VMCR:
-            self.lrs.write_vmcr(value)
-        elif offset == GICH_APR:
-            self.lrs.apr = value
-        elif 0 <= (offset - GICH_LR) // 4 < self.lrs.count:
-            self.lrs.write((offset - GICH_LR) // 4, value)
 
 
 class GicLockstep(Lockstep):
@@ -118,12 +72,12 @@ class GicLockstep(Lockstep):
         self.irqs = min(max(config.integer("irqs"), 32), MAX_IRQS)
         self.nr_lrs = min(max(config.integer("nr_lrs"), 1), MAX_LRS)
         self.distributor = GicDistributor(self.irqs, MAX_CPUS, pinned=bool(config.integer("latch_pinned")))
-        self.cores: list[_Interfaces] = []
+        self.cores: list[Interfaces] = []
         self.gap = False  # after one, a write of GICD_CTLR is no beginning
         self.known: bool  # everything, from the beginning
         self.familiar: set[tuple[int, int]] = set()  # (interrupt, core) of which enable and priority are known
         self.configured: set[int] = set()  # SPIs of which ICFGR was written
-        self.deferred: list[tuple[int, int, int, int, int]] = []
+        self.deferred: list[tuple[int, ...]] = []  # core, running priority, virtual, best interrupt, t, seq
         self.drops = [0, 0]
         self.deactivations = [0, 0]
         self.stranded_latches = 0
@@ -136,7 +90,7 @@ class GicLockstep(Lockstep):
         self.familiar.clear()
         self.configured.clear()
         self.deferred.clear()
-        self.cores = [_Interfaces(d, cpu, self.nr_lrs, known=known) for cpu in range(MAX_CPUS)]
+        self.cores = [Interfaces(d, cpu, self.nr_lrs, known=known) for cpu in range(MAX_CPUS)]
         if not known:
             d.ctlr = 1
             for core in self.cores:
@@ -159,6 +113,8 @@ class GicLockstep(Lockstep):
             self.best(cpu, obj, val, val2, flags, t, seq)
             return
         if kind == ACK:
+            if not self.known:  # what is taken was the best before, never after
+                self.check_deferred([d for d in self.deferred if d[0] == cpu and not d[2] and d[3] == obj & INTID])
             self.acknowledge(cpu, obj, flags, t, seq)
             self.check_deferred()
             return
@@ -209,6 +165,7 @@ class GicLockstep(Lockstep):
             core.lrs.write_virtual(offset, value)
         else:
             core.physical.write(offset, value)
+            core.assumed = core.assumed and offset != GICC_CTLR
 
     def ended(self, cpu: int, value: int, virtual: int, register: int) -> None:
         """EOIR: priority drop, and deactivation unless EOImode=1; DIR: deactivation."""
@@ -224,6 +181,12 @@ class GicLockstep(Lockstep):
             self.drops[1] += register == EOIR
             return
         core.physical.write(register, value)
+        if register == GICC_DIR:
+            core.assumed = False  # EOImode=1: otherwise nobody writes DIR
+        elif len(core.certain) > 1:
+            core.certain.pop()
+        if register == EOIR and core.assumed:
+            self.familiar -= {(value & INTID, n) for n in range(MAX_CPUS)}  # active or not
         self.drops[0] += register == EOIR
         self.deactivations[0] += (register == EOIR) != bool(core.physical.ctlr & EOIMODE)
 
@@ -252,33 +215,39 @@ class GicLockstep(Lockstep):
         certain = self.sure(irq, cpu) and self.sure(signalled, cpu)
         if signalled == irq:
             expected = core.physical.acknowledge()
+            core.certain.append(self.sure(irq, cpu))
             self.compare(PHYSICAL_ACK, cpu, value, expected if certain else NIL, t, seq)
             return
-        self.compare(PHYSICAL_ACK, cpu, value, (signalled if signalled >= 0 else SPURIOUS) if certain else NIL, t, seq)
+        expected = signalled if signalled >= 0 else SPURIOUS
+        certain = certain and (core.certain[-1] or expected == irq)
+        self.compare(PHYSICAL_ACK, cpu, value, expected if certain else NIL, t, seq)
         if signalled >= 0:
-            if not self.sure(signalled, cpu):
+            if not self.sure(signalled, cpu) and signalled not in self.configured:
                 self.distributor.edge[signalled] = True  # its line is high, and yet it is not pending here
             self.distributor.latch[signalled] &= ~(1 << cpu)  # U4, so that one cause is one mismatch
         if irq < self.irqs:
             self.take(core, irq, cpu)
 
     def sure(self, irq: int, cpu: int) -> bool:
-        """Whether it is known what this interrupt does: it is enabled, and for an SPI how it is triggered."""
+        """Whether it is known what this interrupt does: it is enabled, and for an SPI how it is triggered. Which cores
+        had sent an SGI before is not known."""
         if self.known or irq < 0 or irq >= MAX_IRQS:
             return True
-        return (irq, cpu) in self.familiar and (irq < 32 or irq in self.configured)
+        return irq >= SGIS and (irq, cpu) in self.familiar and (irq < PRIVATE or irq in self.configured)
 
-    def take(self, core: _Interfaces, irq: int, cpu: int) -> None:
+    def take(self, core: Interfaces, irq: int, cpu: int) -> None:
         """U4: it was taken, whatever the model thought."""
         d = self.distributor
         mask = 1 << cpu if irq < 32 else d.all
         if not self.known and d.active[irq] & mask:
             core.physical.ctlr &= ~EOIMODE
+            core.assumed = False
         d.enabled[irq] |= mask
         core.physical.stack.append(d.priority_of(irq, cpu))
+        core.certain.append(self.known or (irq, cpu) in self.familiar)
         d.activate(irq, cpu)
 
-    def take_virtual(self, core: _Interfaces, value: int, cpu: int, *, doubt: bool) -> None:
+    def take_virtual(self, core: Interfaces, value: int, cpu: int, *, doubt: bool) -> None:
         """The same for a list register, if a pending one holds it: what would have kept it from being signalled is
         over then. If none does, or nothing was taken, a list register that the model calls pending is in `doubt` until
         the hypervisor reads or writes it: no guess is made on it."""
@@ -298,7 +267,7 @@ class GicLockstep(Lockstep):
         if doubt and best >= 0:
             core.unknown.add(GICH_LR + 4 * best)
 
-    def set_running(self, core: _Interfaces, running: int, virtual: int) -> None:
+    def set_running(self, core: Interfaces, running: int, virtual: int) -> None:
         """U4: the priority of what is active, as recorded; 0x100: nothing is."""
         if virtual:
             level = running >> 3
@@ -309,6 +278,8 @@ class GicLockstep(Lockstep):
             stack.pop()
         if running < IDLE and (not stack or stack[-1] != running):
             stack.append(running)
+        if not self.known:
+            core.certain = [running >= IDLE, *core.certain[1 : len(stack)], True][: len(stack) + 1]
 
     def compare(self, kind: int, cpu: int, value: int, expected: int, t: int, seq: int) -> None:
         """Count an outcome; NIL: the model could not tell."""
@@ -347,13 +318,17 @@ class GicLockstep(Lockstep):
         if not self.known and not flags & 1 and irq < self.irqs and (irq, cpu) not in self.familiar:
             self.introduce(irq, cpu, priority)
         now = core.lrs.running_priority() if flags & 1 else core.physical.running_priority()
-        if now == running or (flags & 1 and core.unknown):
+        if not flags & 1 and now == running and not core.certain[-1]:
+            self.set_running(core, running, 0)
+            self.observed[RUNNING] += 1
+            self.open[RUNNING] += 1
+        elif now == running or (flags & 1 and core.unknown):
             kind = RUNNING + (flags & 1)
             self.observed[kind] += 1
             self.predicted[kind] += now == running
             self.open[kind] += now != running
         else:
-            self.deferred.append((cpu, running, flags & 1, t, seq))
+            self.deferred.append((cpu, running, flags & 1, irq, t, seq))
 
     def introduce(self, irq: int, cpu: int, priority: int) -> None:
         """U4: an interrupt of which nothing was known on this core is enabled, pending here, and of this priority."""
@@ -361,6 +336,7 @@ class GicLockstep(Lockstep):
         self.familiar.add((irq, cpu))
         mask = 1 << cpu
         d.enabled[irq] |= mask
+        d.active[irq] &= ~mask
         d.targets[irq] |= mask
         d.priority[irq * MAX_CPUS + cpu] = priority
         if d.edge[irq]:
@@ -368,20 +344,15 @@ class GicLockstep(Lockstep):
         else:
             d.line[irq] |= mask
 
-    def check_deferred(self) -> None:
-        """Running priorities that did not agree, now that what they were printed for is known."""
-        for cpu, running, virtual, t, seq in self.deferred:
+    def check_deferred(self, chosen: list[tuple[int, ...]] | None = None) -> None:
+        """Running priorities that did not agree, now that what they were printed for is known; all, or those chosen."""
+        for cpu, running, virtual, _, t, seq in self.deferred if chosen is None else chosen:
             core = self.cores[cpu]
             now = core.lrs.running_priority() if virtual else core.physical.running_priority()
-            if now != running and not self.known and not virtual and len(core.physical.stack) < 2:
-                core.physical.stack[:] = [running] if running < 0x100 else []
-                self.observed[RUNNING] += 1
-                self.open[RUNNING] += 1
-                continue
-            self.compare(RUNNING + virtual, cpu, running, now, t, seq)
-            if now != running:
+            self.compare(RUNNING + virtual, cpu, running, now if virtual or core.certain[-1] else NIL, t, seq)
+            if now != running or not virtual:
                 self.set_running(core, running, virtual)
-        self.deferred.clear()
+        self.deferred = [] if chosen is None else [d for d in self.deferred if d not in chosen]
 
     def forget(self) -> None:
         """Records were lost (U2)."""
