@@ -50,6 +50,8 @@ FRESH_BYTES: Final = 12 << 20
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
 PENDING_BYTES: Final = 32 << 20
+#: Columns that grow so steadily that nothing is left to compress in their differences.
+STEADY_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq", "origin.offset"})
 #: Columns in which rows are looked for: the file tells their range in each row group.
 SOUGHT_COLUMNS: Final = frozenset({"seq", "t_ns", "offset", "src_seq"})
 
@@ -110,7 +112,9 @@ def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[tuple[str,
 class _TableWriter:
     """One Parquet file, written a row group at a time.
 
-    64-bit columns are mostly stamps, offsets and counters, which grow slowly: they are stored as differences.
+    64-bit columns are mostly stamps, offsets and counters, which grow slowly: they are stored as differences. A column
+    without a null in the first row group is stored as one that has none, which costs half the time; if a null comes
+    later after all, the file is written anew.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -125,19 +129,46 @@ class _TableWriter:
         self.row_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
         self.path = path
         self.file: pq.ParquetWriter | None = None  # opened late: there may be more tables than files may be open
+        self.stored = schema  # what the file says of nulls
+        self.full: tuple[str, ...] = ()  # columns that are stored as having none
         self.options: dict[str, Any] = {
-            "compression": "lz4",
+            "compression": {name: "none" if name in STEADY_COLUMNS else "lz4" for name in leaves},
             "use_dictionary": [name for name, kind in leaves.items() if _is_text(kind)],
             "column_encoding": {name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind in wide},
             "write_statistics": [name for name in leaves if name in SOUGHT_COLUMNS] or False,
             "write_batch_size": FULL_ROWS,
         }
 
-    def opened(self) -> pq.ParquetWriter:
-        """The file's writer."""
-        if self.file is None:
-            self.file = pq.ParquetWriter(self.path, self.schema, **self.options)
+    def _open(self) -> pq.ParquetWriter:
+        self.stored = pa.schema(
+            [field.with_nullable(field.nullable and field.name not in self.full) for field in self.schema],
+            metadata=self.schema.metadata,
+        )
+        self.file = pq.ParquetWriter(self.path, self.stored, **self.options)
         return self.file
+
+    def _write(self, rows: pa.Table) -> None:
+        """Rows as one row group."""
+        if self.file is None:
+            self.full = tuple(f.name for f in self.schema if _is_flat(f.type) and _is_full(rows[f.name]))
+            self._open()
+        elif not all(_is_full(rows[name]) for name in self.full):
+            self._admit_nulls()
+        assert self.file is not None
+        self.file.write_table(pa.Table.from_arrays(rows.columns, schema=self.stored), row_group_size=ROW_GROUP)
+
+    def _admit_nulls(self) -> None:
+        """Write the file anew with nulls allowed in every column: once at most."""
+        assert self.file is not None
+        self.file.close()
+        before = self.path.with_suffix(".before")
+        self.path.rename(before)
+        self.full = ()
+        file = self._open()
+        with pq.ParquetFile(before) as old:
+            for group in range(old.num_row_groups):
+                file.write_table(old.read_row_group(group).cast(self.stored), row_group_size=ROW_GROUP)
+        before.unlink()
 
     def append(self, table: pa.Table) -> int:
         """Keep rows for the next row group; returns their size in bytes."""
@@ -150,7 +181,7 @@ class _TableWriter:
         if self.pending_rows:
             parts = self.waiting + self.fresh
             whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).unify_dictionaries()
-            self.opened().write_table(whole, row_group_size=ROW_GROUP)
+            self._write(whole)
             self.rows += self.pending_rows
         self.fresh, self.waiting, self.pending_rows = [], [], 0
 
@@ -169,11 +200,22 @@ class _TableWriter:
 
     def close(self) -> None:
         self.flush()
-        self.opened().close()
+        (self.file or self._open()).close()
+
+
+def _is_full(column: pa.ChunkedArray) -> bool:
+    """Whether a flat column has no null, in its dictionary neither."""
+    if column.null_count:
+        return False
+    return not pa.types.is_dictionary(column.type) or not any(part.dictionary.null_count for part in column.chunks)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_dictionary(kind) or pa.types.is_string(kind))
+
+
+def _is_flat(kind: pa.DataType) -> bool:
+    return _is_fixed(kind) or bool(pa.types.is_string(kind))
 
 
 def _is_fixed(kind: pa.DataType) -> bool:

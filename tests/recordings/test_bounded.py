@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -11,9 +13,15 @@ import tracetool.store
 from replay.binding import xentrace_hpet
 from tests.shared import SAMPLES
 from tracetool.ingest import IngestOptions, ingest
-from tracetool.store import Dataset
+from tracetool.store import Dataset, DatasetWriter
 
 RECORDING = str(SAMPLES / "xen-2l-dom0-idle.xentrace")
+
+
+def _rows(path: Path) -> Any:
+    """A table, whatever its file says of columns without nulls."""
+    table = pq.read_table(path)
+    return table.cast(pa.schema([field.with_nullable(True) for field in table.schema]))
 
 
 def test_hpet_channels_are_found_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,5 +41,26 @@ def test_row_groups_grow_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     one, two = Dataset.open(tmp_path / "one"), Dataset.open(tmp_path / "two")
     assert one.tables() == two.tables()
     for name in one.tables():
-        assert pq.read_table(one.table_path(name)).equals(pq.read_table(two.table_path(name))), name
-    assert pq.read_table(one.path / "events.parquet").equals(pq.read_table(two.path / "events.parquet"))
+        assert _rows(one.table_path(name)).equals(_rows(two.table_path(name))), name
+    assert _rows(one.path / "events.parquet").equals(_rows(two.path / "events.parquet"))
+
+
+def test_a_null_that_comes_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are stored as having no null until one comes; what was written before stays as it was."""
+    monkeypatch.setattr(tracetool.store, "FULL_ROWS", 1)
+    name = pa.dictionary(pa.int16(), pa.string())
+    schema = pa.schema([("seq", pa.uint64()), ("ok", pa.bool_()), ("word", pa.uint32()), ("name", name)])
+    batches: list[dict[str, list[object]]] = [
+        {"seq": [0, 1], "ok": [True, False], "word": [7, 8], "name": ["a", "b"]},
+        {"seq": [2], "ok": [True], "word": [9], "name": ["b"]},
+        {"seq": [3, 4], "ok": [None, True], "word": [None, 1], "name": [None, "a"]},
+        {"seq": [5], "ok": [None], "word": [None], "name": ["c"]},
+    ]
+    with DatasetWriter(tmp_path / "d") as writer:
+        for batch in batches:
+            writer.append("t", pa.table(batch, schema=schema))
+            writer.flush()
+        dataset = writer.close_records()
+        stored = pq.read_table(dataset.table_path("t"))
+        assert stored.cast(schema).to_pydict() == {c: [v for b in batches for v in b[c]] for c in schema.names}
+        assert [p.name for p in dataset.table_path("t").parent.iterdir()] == ["t.parquet"]
