@@ -48,5 +48,21 @@ class Effects:
         known = self._known
         return ((t, known[index]) for t, index in zip(self._times, self._whats, strict=True))
 
+    def stored(self) -> tuple[list[int], bytes]:
+        """What there is, and the columns as bytes of this machine."""
+        return self._known, self._times.tobytes() + self._whats.tobytes()
+
+    @classmethod
+    def restored(cls, known: Iterable[int], columns: bytes) -> Effects:
+        """The same again, from what `stored` gave."""
+        made = cls()
+        made._known = list(known)
+        made._ids = {what: index for index, what in enumerate(made._known)}
+        wide, narrow = made._times.itemsize, made._whats.itemsize
+        split = len(columns) // (wide + narrow) * wide
+        made._times.frombytes(columns[:split])
+        made._whats.frombytes(columns[split:])
+        return made
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Effects | list) and list(self) == list(other)

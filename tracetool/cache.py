@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from replay.declare import UsageError
-from tracetool import __version__
+from tracetool.answers import folder, program
 from tracetool.ingest import Ingested, IngestOptions, ingest
 from tracetool.store import Dataset, is_dataset
 
@@ -17,19 +17,13 @@ __all__ = ["dataset_of", "folder"]
 Progress = Callable[[str, int, int], None]
 
 
-def folder() -> Path:
-    """Where datasets of recordings are kept; it may be emptied at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tracetool"
-
-
 def dataset_of(
     target: str,
     options: IngestOptions,
     progress: Progress | None = None,
     said: Callable[[Ingested], None] | None = None,
 ) -> Dataset:
-    """The dataset at `target`, or one made of the recording there and kept by content, options and tool version.
+    """The dataset at `target`, or one made of the recording there and kept by content, options and program.
 
     `-` is stdin. `said` hears of a recording that was read just now. UsageError when there is nothing at `target`,
     otherwise as `ingest` and `Dataset.open`.
@@ -51,7 +45,7 @@ def _key(path: Path, options: IngestOptions) -> str:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256")
     stated = (
-        options.cpu_hz, options.xen_version, options.format, options.hpet_irqs, path.name, __version__,
+        options.cpu_hz, options.xen_version, options.format, options.hpet_irqs, path.name, program(),
         sorted(options.event_map.items()),
     )  # fmt: skip
     content.update(repr(stated).encode())

@@ -13,6 +13,7 @@ from replay.bodies import Measured
 from replay.coverage import CHECKED_FROM, Observation
 from replay.declare import System
 from replay.driver import Run
+from replay.effects import Effects
 from replay.generic import UNCALIBRATED
 from replay.sink import Finding
 
@@ -86,10 +87,10 @@ def withdraw(run: Run, reasons: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def horizon(base: Run, run: Run, end: int) -> int:
-    """Until when the recording is evidence for `run` (ns): the first effect that differs from the recorded policy's."""
-    for one, other in zip(base.effects, run.effects, strict=False):
+def horizon(base: Effects, mine: Effects, end: int) -> int:
+    """Until when the recording is evidence for a run (ns): its first effect that differs from the recorded policy's."""
+    for one, other in zip(base, mine, strict=False):
         if one != other:
             return min(one[0], other[0])
-    shorter, longer = sorted((base.effects, run.effects), key=len)
+    shorter, longer = sorted((base, mine), key=len)
     return longer[len(shorter)][0] if len(longer) > len(shorter) else end

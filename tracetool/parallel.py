@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tracetool.answers import Answers
 from tracetool.child import cause, follow_parent, start_child
 from tracetool.store import Dataset, StoreError
 
@@ -55,7 +56,8 @@ def can_part(settings: Settings) -> bool:
 
 
 def replay_systems(
-    dataset: Dataset, settings: Settings, names: Sequence[str], jobs: int, progress: Progress | None
+    dataset: Dataset, settings: Settings, names: Sequence[str], jobs: int, progress: Progress | None,
+    answers: Answers | None = None,
 ) -> list[Records]:
     """Run records of each system, in the order of `names`, from at most `jobs` processes.
 
@@ -71,7 +73,9 @@ def replay_systems(
         while waiting or working:
             while waiting and len(working) < jobs:
                 index = waiting.popleft()
-                pipe, process = start_child(_serve, dataset, plain, names[index], progress is not None, jobs=jobs)
+                pipe, process = start_child(
+                    _serve, dataset, plain, names[index], answers, progress is not None, jobs=jobs
+                )
                 working[pipe] = (index, process)
             ready = set(wait(list(working)))
             for pipe in [pipe for pipe in working if pipe in ready]:
@@ -102,7 +106,9 @@ def replay_systems(
     return [done[index] for index in range(len(names))]  # type: ignore[misc]
 
 
-def _serve(pipe: Connection, dataset: Dataset, settings: Settings, name: str, talks: bool) -> None:
+def _serve(
+    pipe: Connection, dataset: Dataset, settings: Settings, name: str, answers: Answers | None, talks: bool
+) -> None:
     """One system, in a process of its own."""
     follow_parent()
     from tracetool.replaying import choose, replay_dataset
@@ -114,7 +120,7 @@ def _serve(pipe: Connection, dataset: Dataset, settings: Settings, name: str, ta
     try:
         policies = tuple(choose(choice.spec) if choice.spec else choice for choice in settings.policies)
         asked = replace(settings, policies=policies, systems=(name,))
-        answer = replay_dataset(dataset, asked, tell if talks else None)
+        answer = replay_dataset(dataset, asked, tell if talks else None, answers=answers)
     except Exception as error:
         answer = error
     with suppress(OSError):  # nobody listens any more

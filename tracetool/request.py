@@ -11,6 +11,7 @@ from typing import Any, Final
 from replay.declare import UsageError
 from replay.sink import KEEP
 from tracetool import cache, exits, terminal
+from tracetool.answers import Answers
 from tracetool.ingest import Ingested, IngestOptions, parse_offset
 from tracetool.replaying import Settings, choose, choose_recorded, replay_dataset
 from tracetool.results import SEVERITIES, worst
@@ -132,7 +133,7 @@ def say_damage(ingested: Ingested) -> None:
 def replayed(dataset: Dataset, settings: Settings, jobs: int | None = None) -> list[dict[str, Any]]:
     """Run records of a replay, with a progress bar. `jobs` is processes at most, None what is worth it."""
     with terminal.progress_bar() as bar:
-        runs = replay_dataset(dataset, settings, bar, jobs=jobs)
+        runs = replay_dataset(dataset, settings, bar, jobs=jobs, answers=Answers.of(dataset.path))
     # Two names may mean one policy: what is current is also what was proposed once.
     once = {(r["system"], r["policy"], r["mode"]): r for r in reversed(runs)}
     return [r for r in runs if once[r["system"], r["policy"], r["mode"]] is r]

@@ -32,7 +32,7 @@ CLEAR, EOI, AFTER, FIRST, UNTIL = range(5)
 DRIVES: Final = ("via.inject|via.upcall_set", "via.eoi", "via.vmentry")
 OUTCOMES: Final = ("via.inject",)
 _KINDS: Final = (
-    "via.inject", "via.eoi", "via.upcall_clear", "via.upcall_set", "via.isr_begin", "via.vmentry",
+    "via.inject", "via.eoi", "via.upcall_clear", "via.upcall_set", "via.vmentry",
 )  # fmt: skip
 
 
@@ -74,14 +74,14 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     result = Measured()
     if not {"via.inject", "via.eoi", "via.vmentry"} <= observed:
         return result  # the drives say which is missing
-    events = read(_KINDS).drop_nulls(["dom", "vcpu"])
-    vector = _vector(events, config)
+    vector = _vector(read, config)
     if vector == NONE:
         result.blind = (
             "which vector is the callback's is not recorded: --set callback.vector=N, or ingest the guest too"
         )
         return result
     result.only = frozenset((vector,))
+    events = read(_KINDS).drop_nulls(["dom", "vcpu"])
     injections = of_kinds(events, "via.inject").filter(pl.col("obj") == vector).select("seq", "dom", "vcpu", "t_ns")
     if not injections.height:
         result.blind = f"vector {vector:#x} was never injected"
@@ -118,11 +118,11 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     return result
 
 
-def _vector(events: pl.DataFrame, config: Config) -> int:
+def _vector(read: Read, config: Config) -> int:
     """The callback's vector: stated, or named by the guest's handler."""
     if "vector" in config.given:
         return config.integer("vector")
-    named = of_kinds(events, "via.isr_begin")["obj"].drop_nulls()
+    named = read(("via.isr_begin",)).drop_nulls(["dom", "vcpu", "obj"])["obj"]
     return int(named.mode().sort()[0]) if len(named) else NONE
 
 
