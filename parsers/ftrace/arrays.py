@@ -32,10 +32,13 @@ def bits(values: Array, valid: Array | None = None) -> pa.Array:
     )
 
 
-def dictionary(kind: pa.DataType, index: Array, names: list[str], valid: Array | None = None) -> pa.Array:
+def dictionary(
+    kind: pa.DataType, index: Array, names: list[str] | pa.Array, valid: Array | None = None
+) -> pa.Array:
     """A dictionary column of type `kind` from indices into `names`; rows where `valid` is False are null."""
-    indices = plain(kind.index_type, index.astype(kind.index_type.to_pandas_dtype()), valid)
-    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
+    indices = plain(kind.index_type, index.astype(kind.index_type.to_pandas_dtype(), copy=False), valid)
+    words = pa.array(names, pa.string()) if isinstance(names, list) else names
+    return pa.DictionaryArray.from_arrays(indices, words, safe=False)
 
 
 def constant(kind: pa.DataType, name: str, rows: int) -> pa.Array:

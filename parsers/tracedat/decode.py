@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +19,9 @@ WIDEST = 64
 
 
 class Batch:
-    """Ring-buffer bytes with views as half words and words; `data` ends with 8 spare bytes."""
+    """Ring-buffer bytes with views as half words and words; `data` ends with SPARE bytes and a word more."""
+
+    SPARE: Final = 24
 
     def __init__(self, data: Array, order: str) -> None:
         self.data, self.order = data, order

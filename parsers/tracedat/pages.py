@@ -81,14 +81,20 @@ class PageStream:
         """Bytes of this CPU's area that have been read."""
         return self._file - self.area.offset
 
-    def take(self) -> tuple[bytes, int]:
-        """The next page and its file offset (of its chunk, when compressed)."""
-        size = self.buffer.page_size
-        page = self._block[self._used : self._used + size]
+    def take(self, most: int) -> tuple[bytes, int]:
+        """The next pages, of about `most` bytes; and the file offset of the first (of its chunk, if compressed).
+
+        Only the last page may be short.
+        """
+        size = self.buffer.page_size * max(1, most // self.buffer.page_size)
+        whole = not self._used and size >= len(self._block)
+        pages = self._block if whole else self._block[self._used : self._used + size]
+        if 0 < len(pages) % self.buffer.page_size < 16:
+            pages = pages[: len(pages) // self.buffer.page_size * self.buffer.page_size]  # no whole page header
         at = self._block_at if self.buffer.compressed else self._block_at + self._used
         self._used += size
         self._advance()
-        return page, at
+        return pages, at
 
     def _advance(self) -> None:
         while self._used + 16 > len(self._block):

@@ -28,15 +28,48 @@ from parsers.tracedat.walk import Array, Records, walk
 __all__ = ["TraceDatReader"]
 
 
+#: Pages of one CPU that are taken at once: so many bytes, or fewer if there are many CPUs.
+RUN = 256 << 10
+
+
 @dataclass(slots=True)
-class Page:
-    """A page in hand: `stream` index, bytes, file offset, and how many of its records were given out already."""
+class Run:
+    """Pages in hand that follow each other in one CPU's data: `stream` index, bytes, file offset (of their chunk, if
+    compressed), and how many records of the first page were given out already; the other pages' were not."""
 
     stream: int
     data: bytes
     offset: int
-    given: int
+    given: int = 0
     fresh: bool = True
+
+
+@dataclass(slots=True)
+class Pages:
+    """All pages of a batch, in order of stream and time: `at` is their place in the batch, `offset` in the file (of
+    their chunk, if compressed), `stream` an index."""
+
+    at: Array
+    size: Array
+    offset: Array
+    stream: Array
+    fresh: Array
+
+    @classmethod
+    def of(cls, runs: list[Run], streams: list[PageStream]) -> Pages:
+        """Pages of `runs`, each of which begins at a multiple of 8 in the batch."""
+        columns: list[list[Array]] = [[], [], [], [], []]
+        begin = 0
+        for run in runs:
+            buffer, length = streams[run.stream].buffer, len(run.data)
+            inside = np.arange(0, length, buffer.page_size, dtype=np.int64)
+            size = np.minimum(buffer.page_size, length - inside)
+            offset = np.full(inside.size, run.offset) if buffer.compressed else inside + run.offset
+            stream, fresh = np.full(inside.size, run.stream), np.full(inside.size, run.fresh)
+            for column, values in zip(columns, (inside + begin, size, offset, stream, fresh), strict=True):
+                column.append(values)
+            begin += length + -length % 8
+        return cls(*(np.concatenate(column) for column in columns))
 
 
 class TraceDatReader:
@@ -167,7 +200,8 @@ class TraceDatReader:
         """Take pages in order of their first stamp; give out the records that no unread page can precede."""
         streams = self._streams
         floor = dict.fromkeys(members, -(1 << 63))
-        carried: list[Page] = []
+        carried: list[Run] = []
+        most = min(RUN, BATCH // len(members))
 
         def following(index: int) -> int:
             stamp = streams[index].next_time
@@ -179,150 +213,159 @@ class TraceDatReader:
         while True:
             heap = [(following(i), i) for i in members if streams[i].next_time is not None]
             heapq.heapify(heap)
-            pages = carried
-            held = sum(len(page.data) for page in carried)
+            runs = carried
+            held = sum(len(run.data) for run in carried)
             target = min(held, 3 * BATCH) + BATCH
             while heap and held < target:
                 _, index = heapq.heappop(heap)
-                data, offset = streams[index].take()
-                pages.append(Page(index, data, offset, 0))
+                data, offset = streams[index].take(most)
+                runs.append(Run(index, data, offset))
                 held += len(data)
                 if streams[index].next_time is not None:
                     heapq.heappush(heap, (following(index), index))
             # after much damage the order is given up, not the memory
             limit = heap[0][0] if heap and held <= 4 * BATCH else None
-            if not pages:
+            if not runs:
                 return
-            pages.sort(key=lambda page: page.stream)
-            tables, carried = self._give(pages, floor, limit, comparable=comparable)
+            runs.sort(key=lambda run: run.stream)
+            tables, carried = self._give(runs, floor, limit, comparable=comparable)
             if tables:
                 yield self._chunk(tables)
+            del tables  # not kept while the next ones are made
 
     def _give(
-        self, pages: list[Page], floor: dict[int, int], limit: int | None, *, comparable: bool
-    ) -> tuple[dict[str, pa.Table], list[Page]]:
-        """Decode the records before `limit` (corrected stamp; None: all of them); keep the other pages."""
+        self, runs: list[Run], floor: dict[int, int], limit: int | None, *, comparable: bool
+    ) -> tuple[dict[str, pa.Table], list[Run]]:
+        """Decode the records before `limit` (corrected stamp; None: all of them); keep the pages of the others."""
         head, streams = self._head, self._streams
-        stride = (max(len(page.data) for page in pages) + 7) // 8 * 8
-        short = np.fromiter(
-            (len(page.data) < streams[page.stream].buffer.page_size for page in pages), dtype=bool, count=len(pages)
-        )
-        sizes = np.fromiter((len(page.data) for page in pages), dtype=np.int64, count=len(pages))
-        padded = (page.data.ljust(stride, b"\0") for page in pages)
-        data = np.frombuffer(b"".join((*padded, bytes(8))), dtype=np.uint8)
-        records = walk(data, len(pages), stride, sizes, head.page, head.order, short)
-        owner = np.fromiter((page.stream for page in pages), dtype=np.int64, count=len(pages))
-        stream = owner[records.page]
-        keys = np.empty(records.stamp.size, dtype=np.int64)
-        edges = np.flatnonzero(np.diff(stream, prepend=-1, append=-1))
-        self._report(pages, records, sizes, stride)
-        for begin, end in pairwise(edges.tolist()):
-            index = int(stream[begin])
-            keys[begin:end] = np.maximum.accumulate(self._key(index, records.stamp[begin:end]))
-            floor[index] = max(floor[index], int(keys[end - 1]))
+        pages = Pages.of(runs, streams)
+        parts = (part for run in runs for part in (run.data, bytes(-len(run.data) % 8)))
+        data = np.frombuffer(b"".join((*parts, bytes(Batch.SPARE + 8))), dtype=np.uint8)
+        short = pages.size < np.array([stream.buffer.page_size for stream in streams])[pages.stream]
+        records = walk(data, pages.at, pages.size, head.page, head.order, short)
+        self._report(pages, records)
+        first = np.searchsorted(records.page, np.arange(pages.at.size + 1))  # record of each page
+        edges = np.flatnonzero(np.diff(pages.stream, prepend=-1, append=-1))
+        given = {run.stream: run.given for run in reversed(runs)}
+        chosen: list[slice] = []
+        keys: list[Array] = []
+        ends: dict[int, tuple[int, int]] = {}  # of streams that are not done: next page, and record of it
+        for low, high in pairwise(edges.tolist()):
+            index = int(pages.stream[low])
+            begin, end = int(first[low]), int(first[high])
+            if begin == end:
+                continue
+            key = np.maximum.accumulate(self._key(index, records.stamp[begin:end]))
+            floor[index] = max(floor[index], int(key[-1]))
             streams[index].last_time = int(records.stamp[end - 1])
-        per_page = np.bincount(records.page, minlength=len(pages))
-        first = np.cumsum(per_page) - per_page
-        given = np.fromiter((page.given for page in pages), dtype=np.int64, count=len(pages))
-        ordinal = np.arange(records.page.size) - first[records.page]
-        open_rows = np.flatnonzero(ordinal >= given[records.page])
-        order = open_rows[np.argsort(keys[open_rows], kind="stable")]
-        if limit is not None:
-            order = order[: np.searchsorted(keys[order], limit, side="left")]
-        done = given + np.bincount(records.page[order], minlength=len(pages))
-        kept = [
-            Page(page.stream, page.data, page.offset, int(done[number]), False)
-            for number, page in enumerate(pages)
-            if done[number] < per_page[number]
-        ]
-        if not order.size:
+            stop = begin + int(np.searchsorted(key, limit, side="left")) if limit is not None else end
+            start = begin + given[index]
+            if stop < end:
+                page = int(records.page[max(stop, start)])
+                ends[index] = page, max(stop, start) - int(first[page])
+            if start < stop:
+                chosen.append(slice(start, stop))
+                keys.append(key[start - begin : stop - begin])
+        kept = self._kept(runs, ends)
+        runs.clear()  # their bytes are in `data`
+        if not chosen:
             return {}, kept
-        rows = records.page[order]
-        offsets = np.fromiter((page.offset for page in pages), dtype=np.int64, count=len(pages))
-        plain_file = np.fromiter(
-            (not streams[page.stream].buffer.compressed for page in pages), dtype=bool, count=len(pages)
-        )
-        within = np.where(plain_file[rows], records.start[order] - 4 - rows * stride, 0)
-        tables = self._tables(
-            Batch(data, head.order),
-            records,
-            order,
-            owner[rows],
-            keys[order] if comparable else None,
-            offsets[rows] + within,
-        )
-        return tables, kept
+        records, key = records.chosen(chosen), np.concatenate(keys)
+        keys.clear()
+        return self._tables(Batch(data, head.order), records, pages, key, comparable), kept
 
-    def _report(self, pages: list[Page], records: Records, sizes: Array, stride: int) -> None:
+    def _kept(self, runs: list[Run], ends: dict[int, tuple[int, int]]) -> list[Run]:
+        """What is left of the runs: of the streams in `ends` from that page on, of which so many records are given."""
+        kept: list[Run] = []
+        page = 0
+        for run in runs:
+            buffer = self._streams[run.stream].buffer
+            count = -(-len(run.data) // buffer.page_size)
+            after, given = ends.get(run.stream, (page + count, 0))
+            if after < page + count:
+                skip = max(0, after - page) * buffer.page_size
+                offset = run.offset + (0 if buffer.compressed else skip)
+                kept.append(Run(run.stream, run.data[skip:], offset, given if after >= page else 0, fresh=False))
+            page += count
+        return kept
+
+    def _report(self, pages: Pages, records: Records) -> None:
         """Gaps for lost records and damaged pages among the pages that are new in this batch."""
         troubled = np.flatnonzero((records.lost >= 0) | (records.bad >= 0))
         if not troubled.size:
             return
-        bounds = np.searchsorted(records.page, np.arange(len(pages) + 1))
+        bounds = np.searchsorted(records.page, np.arange(pages.at.size + 1))
         for number in troubled.tolist():
-            page = pages[number]
-            if not page.fresh:
+            if not pages.fresh[number]:
                 continue
-            stream = self._streams[page.stream]
+            owner, size, offset = int(pages.stream[number]), int(pages.size[number]), int(pages.offset[number])
+            stream = self._streams[owner]
+            compressed = stream.buffer.compressed
             begin, end = int(bounds[number]), int(bounds[number + 1])
-            same = begin > 0 and pages[int(records.page[begin - 1])].stream == page.stream
+            same = begin > 0 and int(pages.stream[records.page[begin - 1]]) == owner
             before = int(records.stamp[begin - 1]) if same else stream.last_time
             if records.lost[number] >= 0 and len(self._problems.gaps) < 10 * Limit.NOTES * 100:
                 lost = int(records.lost[number]) or None
                 after = int(records.stamp[begin]) if end > begin else None
-                self._problems.gaps.append(Gap("lost-records", stream.cpu, before, after, page.offset, 0, lost))
+                self._problems.gaps.append(Gap("lost-records", stream.cpu, before, after, offset, 0, lost))
                 self._lost[stream.cpu] += lost or 0
             if records.bad[number] >= 0:
-                inside = int(records.bad[number]) - number * stride
+                inside = int(records.bad[number] - pages.at[number])
                 used = int(records.used[number]) + self._head.page.data
-                length = max(0, (used or int(sizes[number])) - inside)
-                compressed = stream.buffer.compressed
-                if page.offset + int(sizes[number]) == self._head.total and page.stream in self._cut:
+                length = max(0, (used or size) - inside)
+                if offset + size == self._head.total and owner in self._cut:
                     self._problems.skipped += length  # the end of the file is told once
                     continue
                 self._problems.damaged(
                     "tracedat-page",
                     f"cpu {stream.cpu}: the page's records do not add up after byte {inside}",
                     cpu=stream.cpu,
-                    offset=page.offset + (0 if compressed else inside),
+                    offset=offset + (0 if compressed else inside),
                     length=0 if compressed else length,
                     t0=int(records.stamp[end - 1]) if end > begin else before,
                 )
 
     def _tables(
-        self, batch: Batch, records: Records, order: Array, stream: Array, keys: Array | None, offset: Array
+        self, batch: Batch, records: Records, pages: Pages, keys: Array, comparable: bool
     ) -> dict[str, pa.Table]:
-        """Tables by event of the records `order`, which are in global order."""
-        if self._first is None and keys is not None:
-            self._first = int(keys[0])
-            self.clock = self._base.model(int(records.stamp[order[0]]))
-        start, size = records.start[order], records.size[order]
+        """Tables by event of records that are in order of stream and time; `keys` are their corrected stamps."""
+        start, size, stamp, page = records.start, records.size, records.stamp, records.page
+        if self._first is None and comparable:
+            first = int(np.argmin(keys))
+            self._first = int(keys[first])
+            self.clock = self._base.model(int(stamp[first]))
         event = self._events.identify(batch, start, size)
         if self._options.only:
-            wanted = self._events.wanted(event)
-            order, start, size, event = order[wanted], start[wanted], size[wanted], event[wanted]
-            stream, offset = stream[wanted], offset[wanted]
-            keys = keys[wanted] if keys is not None else None
-        rows = order.size
+            kept = np.flatnonzero(self._events.wanted(event))
+            start, size, stamp, page = start[kept], size[kept], stamp[kept], page[kept]
+            keys, event = keys[kept], event[kept]
+        rows = keys.size
+        order = np.argsort(keys, kind="stable")
+        event = event[order]
         by_event = np.argsort(event, kind="stable")
-        start, size, stream = start[by_event], size[by_event], stream[by_event]
-        cpu = np.array([s.cpu for s in self._streams], dtype=np.uint16)[stream]
-        buffers = list(dict.fromkeys(s.buffer.name for s in self._streams))
-        buffer = np.array([buffers.index(s.buffer.name) for s in self._streams], dtype=np.int16)[stream]
-        if keys is None:
-            t_ns, t_err = nulls(pa.int64(), rows), nulls(pa.uint32(), rows)
-        else:
+        order = order[by_event]
+        start, size, page = start[order], size[order], page[order]
+        owner = pages.stream[page]
+        streams = self._streams
+        buffers = list(dict.fromkeys(s.buffer.name for s in streams))
+        buffer = np.array([buffers.index(s.buffer.name) for s in streams], dtype=np.int16)[owner]
+        if comparable:
             assert self._first is not None
-            t_ns = plain(pa.int64(), self._base.relative(keys, self._first)[by_event])
+            t_ns = plain(pa.int64(), self._base.relative(keys[order], self._first))
             t_err = plain(pa.uint32(), np.zeros(rows, dtype=np.uint32))
+        else:
+            t_ns, t_err = nulls(pa.int64(), rows), nulls(pa.uint32(), rows)
+        # the file offset of what stands before each record, or of its chunk
+        in_file = np.array([not s.buffer.compressed for s in streams])
+        offset = np.where(in_file[owner], start - 4 - pages.at[page], 0) + pages.offset[page]
         common = [
             plain(pa.uint64(), by_event.astype(np.uint64) + np.uint64(self._seq)),
             t_ns,
             t_err,
-            plain(pa.uint64(), records.stamp[order][by_event]),
-            plain(pa.uint16(), cpu),
+            plain(pa.uint64(), stamp[order]),
+            plain(pa.uint16(), np.array([s.cpu for s in streams], dtype=np.uint16)[owner]),
             constant(pa.dictionary(pa.int16(), pa.string()), self._options.source, rows),
-            plain(pa.uint64(), offset[by_event].astype(np.uint64)),
+            plain(pa.uint64(), offset.astype(np.uint64)),
         ]
         instance = dictionary(pa.dictionary(pa.int16(), pa.string()), buffer, [escape(b.encode()) for b in buffers])
         self._seq += rows
@@ -356,3 +399,4 @@ class TraceDatReader:
                 note("tracedat-lost", f"cpu {cpu}: {count or 'some'} records lost", 0, cpu, max(1, count))
             )
         self._problems.notes.extend(self._events.notes())
+

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from parsers.ftrace.arrays import Array, dictionary, plain
+from parsers.ftrace.arrays import Array, plain
 from parsers.ftrace.columns import escape
 from parsers.ftrace.swar import Text
 
@@ -101,15 +101,11 @@ class Symbols:
 
     def column(self, addresses: Array, *, around: bool = False) -> pa.Array:
         """String column of the names (`around`: with offset and size); null without one."""
-        unique, index = np.unique(addresses, return_inverse=True)
+        kind = pa.uint64() if addresses.itemsize == 8 else pa.uint32()
+        coded = plain(kind, addresses).dictionary_encode()
         find = self.around if around else self.name
-        names = [find(address) for address in unique.tolist()]
-        named = np.array([name is not None for name in names], dtype=bool)[index]
-        coded = dictionary(pa.dictionary(pa.int32(), pa.string()), index, [name or "" for name in names])
-        if named.all():
-            return coded.cast(pa.string())
-        indices = plain(pa.int32(), index.astype(np.int32), named)
-        return pa.DictionaryArray.from_arrays(indices, coded.dictionary).cast(pa.string())
+        names = pa.array([find(address) for address in coded.dictionary.to_pylist()], pa.string())
+        return names.take(coded.indices)
 
 
 def _hexadecimal(data: Array, starts: Array, width: int) -> tuple[Array, Array]:

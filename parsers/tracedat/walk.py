@@ -19,8 +19,8 @@ Array = npt.NDArray[Any]
 
 DATA_LONG, PADDING, TIME_EXTEND, TIME_STAMP = 0, 29, 30, 31
 COMMIT_MASK, COMMIT_LOST, COMMIT_STORED = (1 << 27) - 1, 1 << 31, 1 << 30
-#: Bytes to the next record by type_len; 0 and 29 also depend on the word that follows.
-STEP = np.array([4, *(4 + 4 * n for n in range(1, 29)), 4, 8, 8], dtype=np.int64)
+#: Bytes to the next record by type_len; those of 0 and 29 depend on the word that follows.
+STEP = np.array([0, *(4 + 4 * n for n in range(1, 29)), 0, 8, 8], dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -39,16 +39,24 @@ class Records:
     bad: Array
     used: Array
 
+    def chosen(self, parts: list[slice]) -> Records:
+        """Some of the records; what is said of pages stays."""
+
+        def of(column: Array) -> Array:
+            return np.concatenate([column[part] for part in parts])
+
+        return Records(of(self.start), of(self.size), of(self.stamp), of(self.page), self.lost, self.bad, self.used)
+
 
 def walk(
-    batch: Array, pages: int, stride: int, page_sizes: Array, header: PageHeader, order: str, short: Array | None = None
+    batch: Array, base: Array, page_sizes: Array, header: PageHeader, order: str, short: Array | None = None
 ) -> Records:
-    """Walk `pages` pages that lie `stride` bytes apart in `batch` (uint8, a multiple of 4 bytes long).
+    """Walk the pages that begin at `base` (ascending multiples of 8) in `batch` (uint8, a multiple of 4 bytes long).
 
     `short` flags pages that the file ends in: the records that are whole are good.
     """
     words = batch.view(f"{order}u4")
-    base = np.arange(pages, dtype=np.int64) * stride
+    pages = base.size
     stamps = _u64(words, base >> 2, order)
     high = order == ">" and header.commit_size == 8
     commit = words[(base + header.commit + (4 if high else 0)) >> 2].astype(np.int64)
@@ -63,7 +71,7 @@ def walk(
     lost = _lost(words, commit, base, end, page_sizes, header, order)
     marks = _mark(words, base + header.data, end, bad, order)
     at = np.flatnonzero(marks) << 2
-    return _stamp(words, at, stamps, stride, order, lost, bad, used)
+    return _stamp(words, at, stamps, base, order, lost, bad, used)
 
 
 def _u64(words: Array, index: Array, order: str) -> Array:
@@ -97,7 +105,7 @@ def _mark(words: Array, position: Array, end: Array, bad: Array, order: str) -> 
         word = words[index]
         kind = (word >> np.uint32(shift)) & np.uint32(mask) if shift else word & np.uint32(mask)
         step = STEP[kind]
-        special = np.flatnonzero((kind == DATA_LONG) | (kind == PADDING))
+        special = np.flatnonzero(step == 0)
         if special.size:
             after = words[np.minimum(index[special] + 1, words.size - 1)].astype(np.int64)
             here = word[special]
@@ -125,7 +133,7 @@ def _mark(words: Array, position: Array, end: Array, bad: Array, order: str) -> 
 
 
 def _stamp(
-    words: Array, at: Array, stamps: Array, stride: int, order: str, lost: Array, bad: Array, used: Array
+    words: Array, at: Array, stamps: Array, base: Array, order: str, lost: Array, bad: Array, used: Array
 ) -> Records:
     """Times of all records by one running sum that restarts at each page and at each absolute stamp."""
     word = words[at >> 2]
@@ -133,26 +141,28 @@ def _stamp(
         kind, delta = word & np.uint32(31), (word >> np.uint32(5)).astype(np.uint64)
     else:
         kind, delta = word >> np.uint32(27), (word & np.uint32(0x07FFFFFF)).astype(np.uint64)
-    page = at // stride
+    edges = np.append(np.searchsorted(at, base), at.size)
+    per_page = np.diff(edges)
+    page = np.repeat(np.arange(base.size, dtype=np.int32), per_page)
     extended = np.flatnonzero(kind >= TIME_EXTEND)
     high = words[(at[extended] >> 2) + 1].astype(np.uint64) << np.uint64(27)
     delta[extended] += high
-    first = np.ones(at.size, dtype=bool)
-    first[1:] = page[1:] != page[:-1]
     absolute = extended[kind[extended] == TIME_STAMP]
-    anchor = np.zeros(at.size, dtype=np.uint64)
-    starts = np.flatnonzero(first)
+    starts = edges[:-1][per_page > 0]
     total = np.cumsum(delta)
-    anchor[starts] = stamps[page[starts]] - (total[starts] - delta[starts])
-    if absolute.size:
+    if not absolute.size:
+        stamp = total + np.repeat(stamps[page[starts]] - (total[starts] - delta[starts]), per_page[per_page > 0])
+    else:
+        anchor = np.zeros(at.size, dtype=np.uint64)
+        anchor[starts] = stamps[page[starts]] - (total[starts] - delta[starts])
         # 59 bits are stored; the missing top bits are the page's
         top = stamps[page[absolute]] & ~np.uint64((1 << 59) - 1)
         value = delta[absolute] | top
         value[value + np.uint64(1 << 58) < stamps[page[absolute]]] += np.uint64(1 << 59)
         anchor[absolute] = value - total[absolute]
         starts = np.union1d(starts, absolute)
-    runs = np.diff(np.append(starts, at.size))
-    stamp = total + np.repeat(anchor[starts], runs)
+        runs = np.diff(np.append(starts, at.size))
+        stamp = total + np.repeat(anchor[starts], runs)
     data = np.flatnonzero(kind < PADDING)
     kind, at = kind[data], at[data]
     start, size = at + 4, kind.astype(np.int64) << 2
