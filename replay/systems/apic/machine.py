@@ -84,6 +84,14 @@ class ApicMachine(Machine):
         self.hpet = HpetBlockMonitor(sink, config)
         self.lockstep: ApicLockstep | None = None  # for recordings that show what the hardware did
 
+    def ignores(self) -> frozenset[str]:
+        """Which vCPU runs matters to time-outs of requests and of EOIs after a return, and a vCPU that is first seen
+        running to what is known of domains created later."""
+        timed = ("lapic.accept", "lapic.exit", "lapic.reset")
+        if self.from_boot or self.observed is None or any(self.sees(kind) for kind in timed):
+            return frozenset()
+        return frozenset(("sched.run", "sched.stop"))
+
     def load(self, init: Mapping[str, Any]) -> None:
         """`rte`: redirection entries at the start."""
         if "rte" in init:

@@ -9,6 +9,9 @@ service, nothing else) a request, a delivery and an EOI move it to the next of t
 What a rule *learns* from an event (a bit of IRR or a class of ISR is known from now on) it learns from the first event
 of its kind, vector and processor; so the first one in a batch always goes the long way, and the short cut has nothing
 to learn. Row numbers stand for time and event number until somebody asks.
+
+Whole services that follow each other on a calm processor are one step of the loop (`services`), taken when the first
+row comes. Where that row finds the processor not calm, the rows of that processor go one by one to the stretch's end.
 """
 
 from __future__ import annotations
@@ -25,7 +28,18 @@ from replay.events import INF, KINDS, Batch
 from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
 from replay.sink import Sink
 from replay.systems.apic.ioapic_monitor import STUCK_LIMIT, IoApicMonitor
-from replay.systems.apic.machine import ACCEPT, DELIVER, EOI, IDLE, IRR_WATCH, ApicMachine
+from replay.systems.apic.machine import (
+    ACCEPT,
+    DELIVER,
+    EOI,
+    HPET_FIRE,
+    IDLE,
+    IOAPIC_LINE,
+    IRR_WATCH,
+    LOST,
+    ApicMachine,
+)
+from replay.systems.apic.services import Runs, find_runs
 from replay.systems.apic.state import STORY, Processor
 
 __all__ = ["QuickApicMachine"]
@@ -44,10 +58,14 @@ TO_ACCEPT: Final = 1
 TO_DELIVER: Final = 2
 TO_EOI: Final = 3
 TO_IDLE: Final = 4
+TO_SERVE: Final = 5  # a run of whole services
 STEPS: Final = 8  # a power of two above them
+OVERLOOKED: Final = 0xFF
 
 #: Rows that are looked at together.
-STRIDE: Final = 1 << 14
+STRIDE: Final = 1 << 15
+#: Runs of services of a processor that are tried in a stretch, though it was not calm when one began.
+TRIES: Final = 4
 #: The lowest TPR that holds vectors back.
 FIRST_CLASS: Final = 1 << 4
 #: In place of the vector of an EOI that names none.
@@ -63,12 +81,12 @@ class Lane:
     `vector` is the one requested last, or in service; `outer` the one below it in service (ASKED_AGAIN, NESTED).
     `asked`, `entered`, `outer_entered` and `ended` are the rows of the last request, deliveries and EOI taken here, -1
     for none; then the one time that matters is `kept`, from the registers. `rows` are deliveries and EOIs, the
-    last of them for the story.
+    last of them for the story. `whole`: runs of services may be taken.
     """
 
     __slots__ = (
         "asked", "ended", "entered", "eois", "kept", "key", "outer", "outer_entered", "processor", "rows", "state",
-        "vector",
+        "vector", "whole",
     )  # fmt: skip
 
     def __init__(self, key: int) -> None:
@@ -84,6 +102,7 @@ class Lane:
         self.entered: int = -1
         self.ended: int = -1
         self.rows: list[int] = []
+        self.whole: bool = True
 
 
 class QuickApicMachine(ApicMachine):
@@ -99,6 +118,8 @@ class QuickApicMachine(ApicMachine):
         self.flags: Any = ()
         self.times: Any = ()
         self.seqs: Any = ()
+        self.runs: Runs | None = None  # of the present stretch, and those that were taken
+        self.taken: list[int] = []
 
     def feed(self, batch: Batch) -> None:
         """Feed a batch of events, in order."""
@@ -125,13 +146,10 @@ class QuickApicMachine(ApicMachine):
         self.seqs = memoryview(batch.array("seq"))
         self.shut = False
         counts = self.deliveries(kinds, vectors, slots, lanes)
-        self.run_rows(
-            np.array(lanes, object)[slots].tolist(),
-            steps.tolist(),
-            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).tolist(),
-        )
-        for lane in lanes:
-            self.restore(lane)
+        self.take_rows(
+            lanes, slots, steps,
+            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).astype(np.int64),
+        )  # fmt: skip
         for lane, vector, count in counts:
             self.processors[lane.key].deliveries[vector] = count  # whatever the methods of the rules counted
         self.now = self.times[len(batch) - 1]
@@ -180,16 +198,75 @@ class QuickApicMachine(ApicMachine):
         steps[first_of_each(which, lanes * STEPS * VECTORS)] = SLOW
         return steps
 
-    def run_rows(self, lanes: list[Lane], steps: list[int], vectors: list[int]) -> None:
-        """The loop."""
+    def take_rows(self, lanes: list[Lane], slots: Any, steps: Any, vectors: Any) -> None:
+        """All rows of the stretch; runs of services at their first row, if their processor is calm then."""
+        self.runs = runs = self.whole_services(slots, steps, vectors)
+        self.taken = []
+        codes = steps.copy()
+        values = vectors.copy()
+        left = np.ones(len(steps), np.bool_)
+        if runs is not None:
+            codes[runs.heads] = TO_SERVE
+            values[runs.heads] = np.arange(len(runs.heads))
+            left = ~runs.tails & (steps != TO_IDLE)  # a halt teaches once
+        of_row = np.array(lanes, object)
+        tried = dict.fromkeys(range(len(lanes)), 0)
+        at = 0
+        while at >= 0:
+            rows = np.flatnonzero(left[at:]) + at
+            at = self.run_rows(
+                rows.tolist(), of_row[slots[rows]].tolist(), codes[rows].tolist(), values[rows].tolist()
+            )
+            if at >= 0 and runs is not None:  # not calm: this run, in the end all of the processor, row by row
+                slot = int(slots[at])
+                tried[slot] += 1
+                rows = runs.rows(values[at]) if tried[slot] < TRIES else np.flatnonzero(slots[at:] == slot) + at
+                codes[rows] = steps[rows]
+                values[rows] = vectors[rows]
+                left[rows] = True
+        for lane in lanes:
+            self.restore(lane)
+        if runs is not None and self.taken:
+            found = runs.counts(self.taken, slots, vectors, VECTORS)
+            for index in np.flatnonzero(found).tolist():
+                lanes[index // VECTORS].eois[index % VECTORS] += int(found[index])
+        self.runs = None
+
+    def whole_services(self, slots: Any, steps: Any, vectors: Any) -> Runs | None:
+        """Runs of services; None where a row concerns all processors."""
+        kinds = np.asarray(self.kinds)
+        if self.exits_traced or np.any((kinds == LOST) | ((kinds >= IOAPIC_LINE) & (kinds <= HPET_FIRE))):
+            return None
+        pattern = (TO_ACCEPT, TO_DELIVER, TO_EOI) if self.monitor.accepts_seen else (TO_DELIVER, TO_EOI)
+        seen = np.where(steps == TO_IDLE, OVERLOOKED, steps)
+        return find_runs(slots, seen, vectors, np.asarray(self.times), pattern, self.irr_stuck_ns or INF)
+
+    def serve(self, lane: Lane, run: int) -> bool:
+        """A run of services, if this processor is calm; the registers are afterwards as before."""
+        runs = self.runs
+        if runs is None or not lane.whole:
+            return False
+        if lane.state == SERVING:
+            if self.monitor.nesting_limit < 2 or runs.lowest[run] <= lane.vector >> 4:
+                return False
+            self.monitor.max_nesting = max(self.monitor.max_nesting, 2)
+        elif lane.state != REST:
+            return False
+        lane.asked = runs.asked[run]
+        lane.ended = runs.ended[run]
+        lane.rows.append(~run)
+        self.taken.append(run)
+        return True
+
+    def run_rows(self, rows: list[int], lanes: list[Lane], steps: list[int], vectors: list[int]) -> int:
+        """The loop. Returns the first row of a run that cannot be taken, -1 when all rows are done."""
         heap = self.agenda.heap
         accepts_seen = self.monitor.accepts_seen
         nesting = self.monitor.nesting_limit >= 2
-        n = len(steps)
         due = heap[0][0] if heap else INF
         deepest = 0
         stop: int = bisect_left(self.times, due)  # the row before which an entry of the agenda is due
-        for i, lane, step, vector in zip(range(n), lanes, steps, vectors):  # noqa: B905 (all are n long)
+        for i, lane, step, vector in zip(rows, lanes, steps, vectors):  # noqa: B905 (all are of one length)
             if i >= stop:
                 self.advance(self.times[i])
                 due = heap[0][0] if heap else INF
@@ -233,6 +310,11 @@ class QuickApicMachine(ApicMachine):
                     lane.vector = vector
                     lane.asked = i
                     continue
+            elif step == TO_SERVE:
+                if self.serve(lane, vector):
+                    continue
+                self.monitor.max_nesting = max(self.monitor.max_nesting, deepest)
+                return i
             elif step == TO_IDLE and state != AWAKE:
                 continue
             self.long_way(lane, i)
@@ -240,6 +322,7 @@ class QuickApicMachine(ApicMachine):
                 due = heap[0][0]
                 stop = bisect_left(self.times, due, i + 1)
         self.monitor.max_nesting = max(self.monitor.max_nesting, deepest)
+        return -1
 
     def long_way(self, lane: Lane, row: int) -> None:
         """An event that goes to the method of its rule."""
@@ -267,9 +350,10 @@ class QuickApicMachine(ApicMachine):
         self.settle(lane)
 
     def settle(self, lane: Lane) -> None:
-        """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules."""
+        """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules, and
+        so is the request that puts the next watch into the agenda."""
         p = lane.processor
-        if p is None or self.shut:
+        if p is None or self.shut or (self.watches(p) and not p.watched):
             return
         lapic = p.lapic
         if lapic.tmr or lapic.tpr >= FIRST_CLASS:  # UNKNOWN is below all
@@ -286,7 +370,7 @@ class QuickApicMachine(ApicMachine):
                 lane.vector, lane.kept = next(iter(p.requested_at.items()))
                 if lapic.irr == VECTOR_BIT[lane.vector]:
                     lane.state = ASKED
-        elif not p.requested_at and (p.watched or not self.watches(p)):
+        elif not p.requested_at:
             lane.state = REST
 
     def watches(self, p: Processor) -> bool:
@@ -317,11 +401,18 @@ class QuickApicMachine(ApicMachine):
         lapic.isr = [vector for vector, _ in p.frames]
         if lane.ended >= 0:
             p.deliverable_since = times[lane.ended]
-        for row in lane.rows[-STORY:]:
+        for row in self.last_rows(lane.rows):
             vector = self.vectors[row] if self.kinds[row] == DELIVER else -1
             p.recent.append((times[row], self.seqs[row], vector))
         lane.rows.clear()
         lane.asked = lane.entered = lane.outer_entered = lane.ended = -1
+
+    def last_rows(self, rows: list[int]) -> list[int]:
+        """The last rows for a story; a run of services stands in the list as its complement."""
+        last = rows[-STORY:]
+        if self.runs is not None:
+            last = [r for row in last for r in (self.runs.story(~row) if row < 0 else (row,))]
+        return last[-STORY:]
 
     # -- what concerns processors that are calm ------------------------------------------------------------------
 
@@ -331,13 +422,23 @@ class QuickApicMachine(ApicMachine):
             super().fire(action, a, b, c)
             return
         if action == IRR_WATCH and lane.state in (REST, SERVING, NESTED) and lane.asked >= 0:
-            # Nothing is requested, but it is busy: watch on, in place of the next `accept`.
+            # Nothing is requested that is not served in time, but it is busy: watch on, in place of the next `accept`.
+            asked: int = self.times[lane.asked]
+            if asked > self.now:  # the last one of a run of services is still to come
+                self.agenda.at(asked + self.irr_stuck_ns, SOFTWARE, IRR_WATCH, a, 0, c)
+                return
             lane.asked = -1
             self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_WATCH, a, 0, c)
             return
         self.restore(lane)
         super().fire(action, a, b, c)
         self.settle(lane)
+
+    def irr_limit(self, p: Processor, vector: int) -> None:
+        lane = self.lanes.get(p.key)
+        if lane is not None:
+            lane.whole = False  # the agenda may have an entry for one vector, which asks for it row by row
+        super().irr_limit(p, vector)
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         self.no_more_short_cuts()
