@@ -350,8 +350,8 @@ class QuickApicMachine(ApicMachine):
         self.settle(lane)
 
     def settle(self, lane: Lane) -> None:
-        """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules, and
-        so is the request that puts the next watch into the agenda."""
+        """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules,
+        and so is the request that puts the next watch into the agenda."""
         p = lane.processor
         if p is None or self.shut or (self.watches(p) and not p.watched):
             return
