@@ -50,7 +50,7 @@ def _where(error: BaseException) -> str:
 def run_machine(
     system: System,
     policy: str,
-    batches: Iterable[pa.Table] | Callable[[tuple[str, ...]], Iterable[pa.Table]],
+    batches: Iterable[pa.Table] | Callable[[tuple[str, ...], frozenset[str]], Iterable[pa.Table]],
     *,
     config: Config,
     closed: bool,
@@ -66,7 +66,8 @@ def run_machine(
 ) -> Run:
     """Replay batches of canonical events (schema `events.SCHEMA`, in order) and return findings and metrics.
 
-    `batches` may be a function of the columns that the machine unpacks: a reader then leaves out the others (but t_ns).
+    `batches` may be a function of the columns that the machine unpacks and the kinds that it ignores: a reader then
+    leaves out the other columns (but t_ns) and these kinds.
     `closed`: only stimuli are fed and the policy decides; otherwise the recording's outcomes are checked.
     `t_end` (ns) defaults to the time of the last event. `from_boot` False makes all state unknown at the start (U1);
     scenarios are complete by convention. `observed` names the kinds that the recording can show (None: all).
@@ -84,7 +85,7 @@ def run_machine(
             init = init or measured.init
         machine.load(init or {})
         last = 0
-        for batch in batches(tuple(machine.columns)) if callable(batches) else batches:
+        for batch in batches(tuple(machine.columns), machine.ignores()) if callable(batches) else batches:
             if batch.num_rows:
                 machine.feed(Batch.of(batch, machine.columns))
                 last = batch["t_ns"][-1].as_py()

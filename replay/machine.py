@@ -7,10 +7,11 @@ tables and no strings (3 M events/s interpreted).
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from replay.agenda import Agenda
+from replay.agenda import SOFTWARE, Agenda
 from replay.compiled import mypyc_attr
 from replay.effects import Effects
 from replay.events import Batch
@@ -49,6 +50,11 @@ class Machine:
         """Whether the recording would show events of this kind if they happened."""
         return self.observed is None or kind in self.observed
 
+    def ignores(self) -> frozenset[str]:
+        """Kinds of which no event can change the state, a finding or a number, as this recording is observed: a reader
+        may leave them out. Asked once, after `load`."""
+        return frozenset()
+
     def load(self, init: Mapping[str, Any]) -> None:
         """State at the start, from a scenario's `init` or a snapshot. Absent keys keep the default."""
 
@@ -66,9 +72,12 @@ class Machine:
 
     def advance(self, t: int) -> None:
         """Let everything happen that comes before a recorded event of time `t` (ns), then set the clock to it."""
-        agenda = self.agenda
-        while agenda.due_before(t):
-            due, _, _, action, a, b, c = agenda.pop()
+        heap = self.agenda.heap
+        while heap:
+            due, order, _, action, a, b, c = heap[0]
+            if due > t or (due == t and order >= SOFTWARE):
+                break
+            heapq.heappop(heap)
             self.now = due
             self.fire(action, a, b, c)
         self.now = t

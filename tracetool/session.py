@@ -268,7 +268,9 @@ class Session:
         return run_machine(
             self.system,
             name,
-            lambda columns: self._batches(f"{self.system.name} {name}", list(kinds), columns),
+            lambda columns, ignored: self._batches(
+                f"{self.system.name} {name}", [kind for kind in kinds if kind not in ignored], columns
+            ),
             config=config,
             closed=closed,
             sub=sub,

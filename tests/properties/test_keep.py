@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -44,13 +45,13 @@ def lowered(findings: Sequence[Finding]) -> None:
             finding.severity = SEVERITIES[min(SEVERITIES.index(finding.severity) + 1, 2)]
 
 
-def collected(steps: Sequence[object], keep: int) -> Sink:
+def collected(steps: Sequence[Any], keep: int) -> Sink:
     sink = Sink(closed=False, keep=keep, doubt=lowered)
     for t, step in enumerate(steps):
         if isinstance(step, int):
             sink.taint(t - step)
         else:
-            code, severity, doubted = step  # type: ignore[misc]
+            code, severity, doubted = step
             sink.report(code, t, severity=severity, val=int(doubted))
             assert len(sink.findings) <= 2 * keep * len(CODES) * len(SEVERITIES)
     sink.settle()
@@ -58,7 +59,7 @@ def collected(steps: Sequence[object], keep: int) -> Sink:
 
 
 @given(STEPS, st.integers(1, 4))
-def test_the_worst_is_kept_and_all_are_counted(steps: Sequence[object], keep: int) -> None:
+def test_the_worst_is_kept_and_all_are_counted(steps: Sequence[Any], keep: int) -> None:
     few, every = collected(steps, keep), collected(steps, 1_000)
     assert not every.suppressed
     for code in CODES:
@@ -89,7 +90,7 @@ def replayed(events: int, keep: int) -> tuple[Run, int]:
     system = SYSTEMS["hpet"]
     tracemalloc.start()
     run = run_machine(
-        system, "current", lambda columns: moves(events, columns), config=Config(system.parameters), closed=False,
+        system, "current", lambda columns, _: moves(events, columns), config=Config(system.parameters), closed=False,
         keep=keep,
     )  # fmt: skip
     peak = tracemalloc.get_traced_memory()[1]

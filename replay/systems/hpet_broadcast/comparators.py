@@ -56,6 +56,7 @@ class ComparatorRules:
         self.exit_path_ns = config.integer("exit_path_ns")  # an interrupt may delay the exit path
         self.vector = config.integer(policy.vector_parameter)
         self.n_channels = config.integer("n_channels")
+        self.programmed_once = False
         self.armed: dict[int, int] = {}  # channel: armed for (ns), INF disarmed; absent: unknown
         self.owner: dict[int, int] = {}
         self.joined: dict[int, int] = {}  # CPU: channel it relies on
@@ -76,6 +77,11 @@ class ComparatorRules:
 
     def programmed(self, t: int, channel: int, cpu: int, owner: int, armed: int, reason: int) -> None:
         """A4: a comparator is written."""
+        if not self.programmed_once:
+            self.programmed_once = True
+            for handled, at in self.handled.items():
+                if at + HANDLING_NS >= t:
+                    self.agenda.at(at + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, handled)
         if reason in (BY_ENTRY, BY_SHORTEN) and cpu != NONE:
             known = {c: (a, self.owner.get(c, NONE)) for c, a in self.armed.items()}
             self.choices[cpu] = (channel, known)
@@ -173,7 +179,8 @@ class ComparatorRules:
         """A6: its handler begins."""
         self.armed[channel] = INF
         self.handled[channel] = t
-        self.agenda.at(t + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, channel)
+        if self.programmed_once:  # otherwise nobody is known to rely on a channel
+            self.agenda.at(t + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, channel)
         fired = self.fired.pop(channel, None)
         if fired is None:
             return

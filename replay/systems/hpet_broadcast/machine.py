@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final
 
+import numpy as np
+
 from replay.agenda import HARDWARE, SOFTWARE
 from replay.declare import Config
-from replay.events import INF, KIND_ID, NONE
+from replay.events import INF, KIND_ID, NONE, Batch
 from replay.hardware.lapic import vector_class
 from replay.machine import Machine
 from replay.sink import Sink
@@ -27,6 +29,9 @@ BREAK: Final = KIND_ID["idle.break"]
 EXIT: Final = KIND_ID["idle.exit"]
 ISR_BEGIN: Final = KIND_ID["isr.begin"]
 ISR_END: Final = KIND_ID["isr.end"]
+
+#: Rows that are made at a time.
+STRIDE: Final = 1 << 13
 
 # Actions of the agenda.
 MATCH: Final = 1
@@ -94,6 +99,52 @@ class HpetBroadcast(Machine):
         return self.cpus[index]
 
     # -- event glue --------------------------------------------------------------------------------------------
+
+    def feed(self, batch: Batch) -> None:
+        """As `consume`. A recorded exit only tells the next entry of its CPU when it was: that is found in columns."""
+        cpus = batch.array("cpu")
+        if not len(batch) or int(cpus.min()) < 0 or int(cpus.max()) >= len(self.cpus):
+            self.consume(batch.rows(self.columns))
+            return
+        kinds, times = batch.array("kind"), batch.array("t_ns")
+        exits = kinds == EXIT
+        moves = np.flatnonzero(exits | (kinds == ENTER))
+        moves = moves[np.argsort(cpus[moves], kind="stable")]  # by CPU, and of each in order
+        told = np.where(exits[moves], times[moves], NONE)
+        first = np.ones(len(moves), np.bool_)
+        first[1:] = cpus[moves[1:]] != cpus[moves[:-1]]
+        exited = np.full(len(batch), NONE, np.int64)
+        exited[moves[1:]] = told[:-1]
+        heads = moves[first]
+        exited[heads] = [self.cpus[index].recorded_exit for index in cpus[heads].tolist()]
+        last = np.append(first[1:], True)[: len(moves)]
+        left = list(zip(cpus[moves[last]].tolist(), told[last].tolist(), strict=True))
+        for lo in range(0, len(batch), STRIDE):
+            rows = np.flatnonzero(~exits[lo : lo + STRIDE]) + lo
+            columns = (kinds, times, cpus, batch.array("obj"), batch.array("val"), exited)
+            self.consume_without_exits(zip(*(column[rows].tolist() for column in columns), strict=True))
+        for index, t in left:
+            self.cpus[index].recorded_exit = t
+
+    def consume_without_exits(self, rows: Iterable[tuple[int, ...]]) -> None:
+        """Rows without idle.exit; `exited` is when the last one was that came after the CPU's last entry."""
+        heap = self.agenda.heap
+        cpus = self.cpus
+        for kind, t, index, obj, val, exited in rows:
+            if heap and heap[0][0] <= t:
+                self.advance(t)
+            else:
+                self.now = t
+            cpu = cpus[index]
+            if kind == ENTER:
+                cpu.recorded_exit = exited
+                self.recorded_enter(cpu, val if val > 0 else INF)
+            elif kind == BREAK:
+                self.broken(cpu)
+            elif kind == ISR_BEGIN:
+                cpu.in_service.append(obj)
+            elif kind == ISR_END:
+                self.isr_end(cpu, obj)
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         for kind, t, cpu, obj, val in rows:

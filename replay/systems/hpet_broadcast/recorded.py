@@ -8,12 +8,13 @@ step less severe than declared; with owners in the recording (`hpet.program`) th
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
 from replay.agenda import SOFTWARE
 from replay.declare import Config
-from replay.events import INF, KIND_ID, NIL, NONE
+from replay.events import INF, KIND_ID, KINDS, NIL, NONE
 from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Evidence, Sink
@@ -53,9 +54,15 @@ INFERRED: Final = 50
 
 
 class _Cpu:
-    """What is known of a CPU. `asleep` is 0, 1 or UNKNOWN; `since` is when that began (ns)."""
+    """What is known of a CPU. `asleep` is 0, 1 or UNKNOWN; `since` is when that began (ns).
 
-    __slots__ = ("asleep", "deadline", "enter_seq", "generation", "index", "since", "stack")
+    `due` is when a sleep that lasts is a missed wake-up (ns), `due_serial` its turn among entries of that moment;
+    `timer` the time of the agenda's entry that sees to it, then or before, INF without one.
+    """
+
+    __slots__ = (
+        "asleep", "deadline", "due", "due_serial", "enter_seq", "generation", "index", "since", "stack", "timer",
+    )  # fmt: skip
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -65,6 +72,9 @@ class _Cpu:
         self.enter_seq = NONE
         self.generation = 0
         self.stack: list[tuple[int, int, int]] = []  # (channel, begin ns, seq)
+        self.due = INF
+        self.due_serial = 0
+        self.timer = INF
 
 
 class _Channel:
@@ -120,6 +130,7 @@ class RecordedBroadcast(Machine):
         self.exit_path_ns = config.integer("exit_path_ns")
         self.remote_wake_ns = config.integer("remote_wake_ns")
         self.fixed_owners = bool(config["fixed_owners"])
+        self.releases = not self.fixed_owners and not policy.owner_must_sleep
         self.cpus: dict[int, _Cpu] = {}
         self.channels: dict[int, _Channel] = {}
         self.suspects: list[_Suspect] = []
@@ -140,15 +151,24 @@ class RecordedBroadcast(Machine):
 
     # -- event glue --------------------------------------------------------------------------------------------
 
+    def ignores(self) -> frozenset[str]:
+        """What ended a sleep, and the hand-shake of mwait."""
+        return frozenset(k.name for k in KINDS if k.name.startswith(("idle.break", "idle.prep.", "wake.")))
+
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         self.handlers_recorded = self.sees("hpet.handler.begin")
         self.handler_conf = 100 if self.observed is None else INFERRED
+        heap = self.agenda.heap
+        cpus = self.cpus
         for kind, seq, t, cpu, obj, tgt, val, val2, flags in rows:
-            self.advance(t)
+            if heap and heap[0][0] <= t:
+                self.advance(t)
+            else:
+                self.now = t
             if kind == ENTER:
-                self.enter(self.cpu(cpu), val, seq)
+                self.enter(cpus.get(cpu) or self.cpu(cpu), val, seq)
             elif kind == EXIT:
-                self.exit(self.cpu(cpu), obj, tgt, seq)
+                self.exit(cpus.get(cpu) or self.cpu(cpu), obj, tgt, seq)
             elif kind == BEGIN:
                 self.begin(self.channel(obj), self.cpu(cpu), seq)
             elif kind == END:
@@ -199,7 +219,15 @@ class RecordedBroadcast(Machine):
                 self.comparators.owner_check(self.now, a, self.cpus[b])
         elif action == MISSED:
             p = self.cpus[a]
-            if p.generation == c and p.asleep == 1 and self.all_seen_since(p.since):
+            if p.timer != self.now:  # there is an entry that is earlier or later
+                return
+            p.timer = INF
+            if p.asleep != 1:
+                pass
+            elif p.generation != c:
+                if p.due < INF:  # the entry was for an earlier sleep
+                    self.time(p)
+            elif self.all_seen_since(p.since):
                 self.missed(p, self.now, NONE)
 
     def program(self, ch: _Channel, cpu: int, owner: int, armed: int, reason: int) -> None:
@@ -218,9 +246,21 @@ class RecordedBroadcast(Machine):
         p.deadline = deadline if deadline not in (NIL, 0) else INF
         p.generation += 1
         self.sleeps += 1
-        self.comparators.entered(self.now, p, seq)
-        if p.deadline < INF:
-            self.agenda.at(p.deadline + self.miss_ns, SOFTWARE, MISSED, p.index, c=p.generation)
+        if self.comparators.choices:
+            self.comparators.entered(self.now, p, seq)
+        p.due = INF
+        if p.deadline < INF and self.handlers_recorded:
+            p.due = p.deadline + self.miss_ns
+            self.agenda.serial += 1
+            p.due_serial = self.agenda.serial
+            if p.due < p.timer:
+                self.time(p)
+
+    def time(self, p: _Cpu) -> None:
+        """An entry in the agenda for when the present sleep is too long. Most sleeps end before, and the entry of one
+        does for the next that may last longer."""
+        p.timer = p.due
+        heapq.heappush(self.agenda.heap, (p.due, SOFTWARE, p.due_serial, MISSED, p.index, 0, p.generation))
 
     def exit(self, p: _Cpu, obj: int, reason: int, seq: int) -> None:
         """A CPU woke, by its own channel, by another CPU's handler, or by something else."""
@@ -237,12 +277,14 @@ class RecordedBroadcast(Machine):
             self.woke(p, reason, seq)
         p.asleep = 0
         p.since = self.now
-        self.comparators.exited(self.now, p)
-        for ch in self.channels.values():
-            # A8: it hands the channel over, which is recorded, or releases it. B6: it must have given it up.
-            if ch.owner == p.index and not self.fixed_owners and not self.policy.owner_must_sleep:
-                ch.owner = NONE
-                ch.released_at = self.now
+        if self.comparators.owner or self.comparators.joined:
+            self.comparators.exited(self.now, p)
+        if self.releases:
+            for ch in self.channels.values():
+                # A8: it hands the channel over, which is recorded, or releases it. B6: it must have given it up.
+                if ch.owner == p.index:
+                    ch.owner = NONE
+                    ch.released_at = self.now
 
     def woke(self, p: _Cpu, reason: int, seq: int) -> None:
         """Wake against deadline. Another CPU may have moved the deadline meanwhile, so this is never certain."""

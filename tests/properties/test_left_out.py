@@ -1,0 +1,121 @@
+"""What a machine is not fed, or is fed in columns, changes no finding, number or effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replay.declare import Config
+from replay.driver import Run, run_machine
+from replay.events import KIND_ID, KINDS, Batch, events_from_json
+from replay.machine import Machine
+from replay.sink import Sink
+from replay.systems import SYSTEMS
+from replay.systems.hpet_broadcast.machine import HpetBroadcast
+
+US = 1_000
+HPET, APIC = SYSTEMS["hpet"], SYSTEMS["apic"]
+
+
+def in_batches(events: Sequence[dict[str, Any]], cuts: Sequence[int]) -> Iterator[pa.Table]:
+    table = events_from_json(events)
+    ends = sorted({min(cut, len(events)) for cut in cuts} | {0, len(events)})
+    return (table.slice(lo, hi - lo) for lo, hi in pairwise(ends))
+
+
+def said(run: Run) -> object:
+    return run.findings, run.metrics, list(run.effects), run.extra
+
+
+class ByRow(HpetBroadcast):
+    """Every row by the law."""
+
+    def feed(self, batch: Batch) -> None:
+        Machine.feed(self, batch)
+
+
+SLEEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["idle.enter", "idle.exit", "idle.exit", "idle.break", "isr.begin", "isr.end"]),
+        st.integers(0, 3), st.sampled_from([0, 0, 1, 5 * US, 40 * US, 300 * US]), st.sampled_from([0, 30, 200, 900]),
+        st.sampled_from([0x30, 0xE1]),
+    ),
+    max_size=60,
+)  # fmt: skip
+CUTS = st.lists(st.integers(0, 60), max_size=4)
+
+
+@settings(max_examples=50)
+@given(SLEEPS, CUTS, st.sampled_from(sorted(HPET.policies)), st.integers(0, 2))
+def test_exits_in_columns(
+    steps: Sequence[tuple[str, int, int, int, int]], cuts: Sequence[int], policy: str, n: int
+) -> None:
+    events, t = [], 0
+    for kind, cpu, pause, sleep, vector in steps:
+        t += pause
+        event = {"t": t, "kind": kind, "cpu": cpu, "obj": vector}
+        events.append({**event, "val": t + sleep * US} if kind == "idle.enter" else event)
+    if not events:
+        return
+    by_row = replace(HPET, make=lambda policy, config, sink, sub: ByRow(policy, config, sink))
+    config = Config(HPET.parameters, {"n_channels": n, "n_cpus": 2})
+    one, other = (
+        run_machine(system, policy, in_batches(events, cuts), config=config, closed=True, t_end=t + 5_000 * US)
+        for system in (HPET, by_row)
+    )
+    assert said(one) == said(other)
+
+
+KEPT = ("lapic.deliver", "lapic.eoi", "lapic.idle", "lapic.tpr", "trace.lost")
+WORK = st.lists(
+    st.tuples(
+        st.sampled_from([*KEPT, "sched.run", "sched.stop", "sched.run", "sched.stop", "lapic.deliver", "lapic.eoi"]),
+        st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 1, 50 * US, 20_000 * US]),
+        st.sampled_from([0x31, 0x41, 0x51, 0xFF]),
+    ),
+    max_size=60,
+)  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(WORK, CUTS)
+def test_what_is_ignored_changes_nothing(steps: Sequence[tuple[str, int, int, int, int]], cuts: Sequence[int]) -> None:
+    events, t = [], 0
+    for kind, dom, vcpu, pause, vector in steps:
+        t += pause
+        owner: dict[str, Any] = {} if kind == "trace.lost" else {"dom": dom, "vcpu": vcpu}
+        value = t - 1 if kind == "trace.lost" else 0x20 if kind == "lapic.tpr" else 1
+        events.append({"t": t, "kind": kind, "cpu": vcpu, "obj": vector, "val": value, **owner})
+    if not events:
+        return
+    observed = frozenset((*KEPT, "sched.run", "sched.stop"))
+    left: list[frozenset[str]] = []
+
+    def reader(columns: Sequence[str], ignored: frozenset[str]) -> Iterator[pa.Table]:
+        left.append(ignored)
+        for batch in in_batches(events, cuts):
+            keep = ~pl.Series(batch["kind"].cast(pa.string()).to_pylist(), dtype=pl.String).is_in(list(ignored))
+            yield batch.filter(pa.array(keep.to_list()))
+
+    one, other = (
+        run_machine(
+            APIC, "any", batches, config=Config(APIC.parameters), closed=False, t_end=t + 1, from_boot=False,
+            observed=observed,
+        )
+        for batches in (reader, in_batches(events, cuts))
+    )  # fmt: skip
+    assert said(one) == said(other)
+    assert left == [frozenset(("sched.run", "sched.stop"))]
+
+
+def test_every_recorded_kind_that_is_ignored_exists() -> None:
+    machine = HPET.make(HPET.policies["current"](), Config(HPET.parameters), Sink(closed=False), "")
+    assert machine.ignores() <= set(KIND_ID) and "idle.break" in machine.ignores()
+    assert not machine.ignores() & {k.name for k in KINDS if k.name.startswith(("hpet.", "isr.", "trace."))}
