@@ -60,12 +60,12 @@ def hexadecimal(values: pa.Array) -> tuple[Array, Array]:
     return parsed.fill_null(0).to_numpy(), parsed.is_not_null().to_numpy()
 
 
-def fit(values: Array, valid: Array, kind: pa.DataType) -> pa.Array:
-    """u64 bit patterns as `kind`, wrapped to its width as the kernel's field would hold them."""
+def fit(values: Array, valid: Array | None, kind: pa.DataType) -> pa.Array:
+    """u64 bit patterns as `kind`, wrapped to its width as the kernel's field would hold them; `valid` None: all are."""
     if kind == pa.bool_():
         return bits(values != 0, valid)
     width = kind.bit_width // 8
-    return plain(kind, values.astype(f"u{width}"), valid)
+    return plain(kind, values.astype(f"u{width}", copy=False), valid)
 
 
 def each(values: pa.Array, function: Callable[[str], int | None]) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from parsers.ftrace.arrays import Array, binary, nulls
 from parsers.ftrace.columns import FAULT, FTRACE_COMMON, escape
 from parsers.ftrace.convert import bitmask, each, fit, hexadecimal, parse_numbers, word_value
-from parsers.ftrace.quick import Rows, quick
+from parsers.ftrace.quick import Rows, quick, suits
 from parsers.ftrace.shapes import Part, Shape, declared, event_table, raw_shape
 from parsers.tables import Column, Table
 
@@ -187,6 +187,11 @@ def _infer(values: set[str]) -> pa.DataType:
     return pa.string()
 
 
+def _fits(shape: Shape, first: str) -> bool:
+    """Whether a shape may fit a payload; seldom is the pattern needed, which takes long to make."""
+    return suits(shape, first.encode()) or re.search(shape.pattern, first) is not None
+
+
 @dataclass(slots=True)
 class Known:
     """Payloads of one event that were decoded before: row in `columns` by payload, -1 for those that stay text."""
@@ -261,7 +266,7 @@ class Payloads:
 
     def admits(self, name: str) -> bool:
         """Whether an event is one of those that `decode` takes: declared, or among the first MAX_TABLES others."""
-        if name in self._admitted or declared().get(name) is not None:
+        if name in self._admitted or declared(name) is not None:
             return True
         if len(self._admitted) >= MAX_TABLES:
             return False
@@ -315,14 +320,14 @@ class Payloads:
         return known
 
     def _decode(self, name: str, payload: Payload) -> tuple[list[Built], Array]:
-        known = declared().get(name)
+        known = declared(name)
         parts: list[Built] = []
         rest = np.arange(len(payload))
         if known is not None:
             if name not in self.tables:
                 self.tables[name] = event_table(name, f"{known.system}:{name}, from its text", known.types)
             first = str(payload.strings(rest[:1])[0])[:4096]
-            if self._report and not any(re.search(shape.pattern, first) for shape in known.shapes):
+            if self._report and not any(_fits(shape, first) for shape in known.shapes):
                 # -R, or an event without a plugin: do not try the kernel's patterns in vain on every row
                 rest = self._raw(first, known.types, payload, rest, parts)
             for shape in known.shapes:
@@ -349,7 +354,7 @@ class Payloads:
 
     def types(self, name: str) -> dict[str, pa.DataType]:
         """Field types of a table made here."""
-        known = declared().get(name)
+        known = declared(name)
         return known.types if known is not None else self._dynamic[name][0]
 
     def _raw(

@@ -1,5 +1,6 @@
-"""The fast way through a shape: rows that are as long as another and have its literals in the same places share its
-spans; the others step from literal to literal together; rows that do not fit are left alone.
+"""The fast way through a shape: the letters that its literals begin with tell where its parts begin and stop, in all
+rows at once; rows in which a value holds such a letter go from literal to literal together; rows that do not fit are
+left alone.
 
 What is taken here is exactly what the shape's regular expression would take; anything doubtful (blanks inside a
 value, odd bytes, words that are not listed) is left to it.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,11 @@ from parsers.ftrace.convert import bitmask, each, fit, word_value
 from parsers.ftrace.shapes import Part, Shape
 from parsers.ftrace.swar import Text
 
-__all__ = ["Rows", "quick"]
+__all__ = ["Rows", "quick", "suits"]
 
 BLANK = 32
-#: Rows that share spans: payloads up to this long, so many different spans, and so few rows that it does not pay.
-WIDEST, MOST_TEMPLATES, FEWEST_ROWS = 1024, 24, 24
+#: So few rows are walked through one by one.
+FEWEST_ROWS = 24
 MASK = re.compile(r"[0-9a-f]{1,16}(,[0-9a-f]{1,16})*")
 
 
@@ -64,70 +65,127 @@ def quick(shape: Shape, rows: Rows, types: dict[str, pa.DataType]) -> tuple[Arra
 
 
 def _spans(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
-    """Rows whose literals fit, and where their parts begin and stop (one line for each part)."""
-    begin = np.empty((len(shape.parts), at.size), dtype=np.int64)
-    stop = np.empty_like(begin)
-    size, left, misses = end - at, np.arange(at.size), 0
-    found: list[Array] = []
-    for _ in range(MOST_TEMPLATES):
-        if left.size < FEWEST_ROWS or misses > 1:
-            break
-        first = int(left[0])
-        length = int(size[first])
-        spans = _walk(shape, text.data[int(at[first]) : int(end[first])].tobytes()) if length <= WIDEST else None
-        if spans is None:
-            # it may still fit in another way
-            misses, left = misses + 1, np.append(left[1:], left[:1])
-            continue
-        same = size[left] == length
-        rows = left if same.all() else left[same]
-        fits = text.fits(at[rows], length, _literal_places(shape, spans))
-        if not fits.all():
-            same[np.flatnonzero(same)[~fits]] = False
-            rows = rows[fits]
-        left = left[~same]
-        edges = np.array(spans, dtype=np.int64)
-        # assigning to all columns in order is much quicker than to some
-        where = slice(None) if rows.size == at.size else rows
-        begin[:, where] = edges[:, :1] + at[rows]
-        stop[:, where] = edges[:, 1:] + at[rows]
-        found.append(rows)
-    if left.size:
-        step = _stepped if left.size >= FEWEST_ROWS else _walked
-        rows, begins, stops = step(shape, text, at[left], end[left])
-        rows = left[rows]
-        begin[:, rows], stop[:, rows] = begins, stops
-        found.append(rows)
-    taken = np.sort(np.concatenate(found)) if len(found) > 1 else found[0] if found else left  # no row at all
-    if taken.size < at.size:
-        begin, stop = begin[:, taken], stop[:, taken]
-    return taken, begin, stop
+    """Rows whose literals fit, and where their parts begin and stop (one line for each part).
+
+    Each part ends at the first place where the next literal could begin.
+    """
+    if at.size < FEWEST_ROWS:
+        return _walked(shape, text, at, end)
+    rows, begin, stop = _gridded(shape, text, at, end)
+    if rows.size == at.size:
+        return rows, begin, stop
+    left = np.delete(np.arange(at.size), rows)
+    step = _stepped if left.size >= FEWEST_ROWS else _walked
+    more, begins, stops = step(shape, text, at[left], end[left])
+    if not more.size:
+        return rows, begin, stop
+    taken = np.concatenate((rows, left[more]))
+    order = np.argsort(taken, kind="stable")
+    begin, stop = np.concatenate((begin, begins), axis=1), np.concatenate((stop, stops), axis=1)
+    return taken[order], begin[:, order], stop[:, order]
 
 
-def _walk(shape: Shape, payload: bytes) -> tuple[tuple[int, int], ...] | None:
-    """Where the parts begin and stop in one payload, each at the first place where the next literal could begin."""
-    match = _steps(shape.literals).fullmatch(payload)
-    return match.regs[1:] if match is not None else None
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What `_gridded` needs of a shape's literals."""
+
+    letters: tuple[int, ...]  # that a literal behind a part begins with
+    count: int  # how often they stand in the literals
+    first: Array  # of each literal behind a part: how many of those letters stand before it
+    length: Array  # of each literal that a part follows
+    literal: Array  # pieces of eight bytes: number of the literal, place in it, which bits must have which value
+    place: Array
+    mask: Array
+    value: Array
 
 
 @lru_cache(maxsize=4096)
-def _steps(literals: tuple[bytes, ...]) -> re.Pattern[bytes]:
-    pattern = b""
+def _grid(literals: tuple[bytes, ...]) -> Grid:
+    letters = tuple(sorted({literal[0] for literal in literals[1:] if literal}))
+    counts = [sum(literal.count(letter) for letter in letters) for literal in literals]
+    pieces = [
+        (number, place, literal[place : place + 8])
+        for number, literal in enumerate(literals)
+        for place in range(0, len(literal), 8)
+    ]
+    return Grid(
+        letters,
+        sum(counts),
+        np.array(list(accumulate(counts))[: len(literals) - 1 - (not literals[-1])], dtype=np.int64),
+        np.array([len(literal) for literal in literals[:-1]], dtype=np.int64)[:, None],
+        np.array([number for number, _, _ in pieces], dtype=np.int64),
+        np.array([place for _, place, _ in pieces], dtype=np.int64)[:, None],
+        np.array([(1 << 8 * len(piece)) - 1 for _, _, piece in pieces], dtype=np.uint64)[:, None],
+        np.array([int.from_bytes(piece, "little") for _, _, piece in pieces], dtype=np.uint64)[:, None],
+    )
+
+
+def _gridded(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
+    """As `_spans`, of the rows in which no value holds a letter that a literal begins with."""
+    grid, literals = _grid(shape.literals), shape.literals
+    size = end - at
+    block = binary(text.data, at, size, pa.binary())
+    edges = np.frombuffer(block.buffers()[1], dtype=np.int32)[: at.size + 1].astype(np.int64)
+    inside = np.frombuffer(block.buffers()[2], dtype=np.uint8)[: edges[-1]] if edges[-1] else text.data[:0]
+    hits = np.zeros(inside.size, dtype=bool)
+    for letter in grid.letters:
+        hits |= inside == letter
+    places = np.flatnonzero(hits)
+    counts = np.diff(np.searchsorted(places, edges))
+    rows, exact = np.arange(at.size), counts == grid.count
+    if not exact.all():
+        places, rows = places[np.repeat(exact, counts)], rows[exact]
+        at, end, edges = at[rows], end[rows], edges[rows]
+    parts = len(shape.parts)
+    # where each literal stands that follows a part, and the end
+    where = np.empty((parts + 1, rows.size), dtype=np.int64)
+    where[0] = at
+    columns = places.reshape(rows.size, grid.count).T[grid.first]
+    where[1 : 1 + grid.first.size] = columns + (at - edges[: rows.size])
+    if not literals[-1]:
+        where[parts] = end
+    begin, stop = where[:-1] + grid.length, where[1:]
+    words = text.words[np.minimum(where[grid.literal] + grid.place, text.words.size - 1)]
+    good = (((words ^ grid.value) & grid.mask) == 0).all(axis=0)
+    good &= (begin <= stop).all(axis=0) & (where[parts] + len(literals[-1]) == end)
+    if not good.all():
+        rows, begin, stop = rows[good], begin[:, good], stop[:, good]
+    return rows, begin, stop
+
+
+def _walk(literals: tuple[bytes, ...], payload: bytes) -> list[tuple[int, int]] | None:
+    """Where the parts begin and stop in one payload, each at the first place where the next literal could begin."""
+    spans, at = [], 0
     for literal, following in pairwise(literals):
-        pattern += re.escape(literal) + (b"([^" + re.escape(following[:1]) + b"]*)" if following else b"(.*)")
-    return re.compile(pattern + re.escape(literals[-1]), re.S)
+        if not payload.startswith(literal, at):
+            return None
+        begin = at + len(literal)
+        at = payload.find(following[:1], begin) if following else len(payload)
+        if at < 0:
+            return None
+        spans.append((begin, at))
+    return spans if payload[at:] == literals[-1] else None
 
 
-def _literal_places(shape: Shape, spans: tuple[tuple[int, int], ...]) -> list[tuple[int, bytes]]:
-    places = [(begin - len(literal), literal) for literal, (begin, _) in zip(shape.literals, spans, strict=False)]
-    return [*places, (spans[-1][1], shape.literals[-1])]
+def suits(shape: Shape, payload: bytes) -> bool:
+    """Whether a payload has a shape's literals, and numbers and listed words where the shape has them."""
+    spans = _walk(shape.literals, payload) if shape.literals else None
+    if spans is None:
+        return False
+    for part, (begin, stop) in zip(shape.parts, spans, strict=True):
+        value = payload[begin:stop].lstrip(b" -" if part.how == "number" else b" ")
+        if part.how == "number" and not value.isdigit():
+            return False
+        if part.options and value.decode("latin-1") not in part.options:
+            return False
+    return True
 
 
 def _walked(shape: Shape, text: Text, at: Array, end: Array) -> tuple[Array, Array, Array]:
     """As `_spans`, for a few rows one by one."""
     chosen, found = [], []
     for row, (begin, stop) in enumerate(zip(at.tolist(), end.tolist(), strict=True)):
-        spans = _walk(shape, text.data[begin:stop].tobytes())
+        spans = _walk(shape.literals, text.data[begin:stop].tobytes())
         if spans is not None:
             chosen.append(row)
             found.append(spans)
@@ -165,43 +223,78 @@ def _columns(
     count = begin.shape[1]
     good = np.ones(count, dtype=bool)
     hows = [_how(part, types) for part in shape.parts]
-    numbers: dict[int, tuple[Array, Array]] = {}
-    for how in ("number", "hex", "symbol"):
-        chosen = [number for number, this in enumerate(hows) if this == how]
-        if not chosen:
-            continue
-        b, s = begin[chosen].ravel(), stop[chosen].ravel()
-        if how == "symbol":
-            probes = [shape.parts[number].column.startswith("__probe_") for number in chosen]
-            value, valid = _addresses(text, b, s, np.repeat(probes, count))
-        else:
-            value, valid = text.decimal(b, s) if how == "number" else text.hexadecimal(b, s)
-        for place, number in enumerate(chosen):
-            low, high = place * count, (place + 1) * count
-            numbers[number] = value[low:high], valid[low:high]
+    numbers = _numbers(text, shape, hows, begin, stop)
     columns: dict[str, pa.Array] = {}
     for number, (part, how) in enumerate(zip(shape.parts, hows, strict=True)):
         b, s, following = begin[number], stop[number], shape.literals[number + 1]
-        if how in ("number", "hex"):
-            value, valid = numbers[number]
-            found, fits = {part.column: fit(value, valid, types[part.column])}, valid
-        elif how == "symbol":
-            found, fits = _address(text, part, b, s, *numbers[number], types)
-            fits = fits & (s > b)
-        elif how == "refused":
-            found, fits = {}, np.zeros(count, dtype=bool)
-        else:
+        if how == "refused":
+            return {}, np.zeros(count, dtype=bool)
+        if how == "words":
             found, fits = _words(text, part, b, s, types)
-        if (how == "words" and following) or (how == "symbol" and following and not numbers[number][1].all()):
-            # a row that shares another's spans may hold the next literal's first letter earlier
-            fits = fits & (text.find(following[0], b, s) == s)
-        elif not following:
+        else:
+            value, valid, every = numbers[number]
+            if every:
+                found, fits = {part.column: fit(value, None, types[part.column])}, None
+            elif how == "symbol":
+                found, fits = _address(text, part, b, s, value, valid, types)
+                fits = fits & (s > b)
+            else:
+                found, fits = {part.column: fit(value, valid, types[part.column])}, valid
+        if fits is not None:
+            good &= fits
+        if not following:
             # a pattern would not take the blanks at the end
-            fits = fits & (text.data[np.maximum(s - 1, 0)] != BLANK)
-        good &= fits
+            good &= text.data[np.maximum(s - 1, 0)] != BLANK
         for name, values in found.items():
             columns.setdefault(name, values)
     return columns, good
+
+
+def _numbers(
+    text: Text, shape: Shape, hows: list[str], begin: Array, stop: Array
+) -> dict[int, tuple[Array, Array, bool]]:
+    """Numbers of the parts that have some by part: values, which rows are numbers, and whether all are.
+
+    Those of all parts that are written alike are converted in one go.
+    """
+    groups: dict[str, list[int]] = {"number": [], "hex": []}
+    mixed: list[int] = []
+    for number, how in enumerate(hows):
+        if how in groups:
+            groups[how].append(number)
+    symbols = [number for number, how in enumerate(hows) if how == "symbol"]
+    if symbols:
+        at = begin[symbols]
+        prefixed = text.has(b"0x", at.ravel()).reshape(at.shape)
+        for number, has in zip(symbols, prefixed, strict=True):
+            if has.all():
+                groups["hex"].append(number)
+            elif not has.any() and not _is_probe(shape.parts[number]) and _digit(text, begin[number]).all():
+                groups["number"].append(number)
+            else:
+                mixed.append(number)
+    found: dict[int, tuple[Array, Array, bool]] = {}
+    for how, chosen in groups.items():
+        if chosen:
+            convert = text.decimal if how == "number" else text.hexadecimal
+            value, valid = convert(begin[chosen].ravel(), stop[chosen].ravel())
+            value, valid = value.reshape(len(chosen), -1), valid.reshape(len(chosen), -1)
+            for number, values, good in zip(chosen, value, valid, strict=True):
+                found[number] = values, good, bool(good.all())
+    for number in mixed:
+        values, good = _addresses(text, begin[number], stop[number], _is_probe(shape.parts[number]))
+        found[number] = values, good, bool(good.all())
+    return found
+
+
+def _is_probe(part: Part) -> bool:
+    return part.column.startswith("__probe_")
+
+
+def _digit(text: Text, at: Array) -> Array:
+    """Whether a digit or a minus stands at each place."""
+    first = text.data[at]
+    return np.asarray((first == 45) | ((first >= 48) & (first <= 57)))
 
 
 def _how(part: Part, types: dict[str, pa.DataType]) -> str:
@@ -242,21 +335,19 @@ def _words(
     return {name: bitmask(masks)}, each(masks, lambda word: int(bool(MASK.fullmatch(word))))[0] == 1
 
 
-def _addresses(text: Text, begin: Array, stop: Array, probes: Array) -> tuple[Array, Array]:
-    """Numbers with 0x or decimal, in `probes` hexadecimal without it (addresses are long); and which rows are such."""
+def _addresses(text: Text, begin: Array, stop: Array, probe: bool) -> tuple[Array, Array]:
+    """Numbers with 0x or decimal, of a `probe` hexadecimal without it (addresses are long); and which rows are such."""
     prefixed = text.has(b"0x", begin)
-    hexed = prefixed | probes
-    if hexed.all():
+    if probe:
         numbers, good = text.hexadecimal(begin, stop)
-    else:
-        first = text.data[begin]
-        numeric = ((first == 45) | ((first >= 48) & (first <= 57))) & ~hexed
-        numbers, good = np.zeros(begin.size, dtype=np.uint64), np.zeros(begin.size, dtype=bool)
-        for which, convert in ((hexed, text.hexadecimal), (numeric, text.decimal)):
-            rows = np.flatnonzero(which)
-            if rows.size:
-                numbers[rows], good[rows] = convert(begin[rows], stop[rows])
-    return numbers, good & (prefixed | ~probes | (stop - begin >= 8))
+        return numbers, good & (prefixed | (stop - begin >= 8))
+    numeric = _digit(text, begin) & ~prefixed
+    numbers, good = np.zeros(begin.size, dtype=np.uint64), np.zeros(begin.size, dtype=bool)
+    for which, convert in ((prefixed, text.hexadecimal), (numeric, text.decimal)):
+        rows = np.flatnonzero(which)
+        if rows.size:
+            numbers[rows], good[rows] = convert(begin[rows], stop[rows])
+    return numbers, good
 
 
 def _address(

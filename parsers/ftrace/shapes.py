@@ -198,22 +198,31 @@ class Declared:
 
 
 @lru_cache(maxsize=1)
-def declared() -> dict[str, Declared]:
-    """Every event of events.csv."""
-    events = {name: Declared(name, "ftrace", *marker) for name, marker in MARKERS.items()}
+def _declarations() -> dict[str, list[dict[str, str]]]:
+    """The lines of events.csv by event."""
+    found: dict[str, list[dict[str, str]]] = {}
     with (Path(__file__).parent / "events.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        for row in csv.DictReader(file):
+            found.setdefault(row["event"], []).append(row)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def declared(event: str) -> Declared | None:
+    """An event of events.csv or a marker; None for others. Made when first asked for: a recording has a few."""
+    rows = _declarations().get(event, [])
+    marker = MARKERS.get(event)
+    if not rows and marker is None:
+        return None
+    system = rows[-1]["system"] if rows else "ftrace"
+    merged, shapes = (dict(marker[0]), list(marker[1])) if marker is not None else ({}, [])
     for row in rows:
         types = _types(row["fields"])
-        compiled = _compile(row["shape"], types)
-        shape, extra = compiled
-        known = events.get(row["event"])
-        merged = {**(known.types if known else {})}
+        shape, extra = _compile(row["shape"], types)
         for name, kind in {**types, **extra}.items():
             merged.setdefault(name, kind)
-        shapes = (*(known.shapes if known else ()), shape)
-        events[row["event"]] = Declared(row["event"], row["system"], merged, shapes)
-    return events
+        shapes.append(shape)
+    return Declared(event, system, merged, tuple(shapes))
 
 
 def is_known(name: bytes | None, payload: bytes | None) -> bool:
@@ -221,7 +230,7 @@ def is_known(name: bytes | None, payload: bytes | None) -> bool:
     if name is None or payload is None:
         return False
     text = payload[:4096].decode("latin-1")
-    known = declared().get(bytes(name).decode("latin-1"))
+    known = declared(bytes(name).decode("latin-1"))
     if known is not None:
         return known.name not in MARKERS and any(re.search(shape.pattern, text) for shape in known.shapes)
     return re.match(r"\([\w.]+\+0x[0-9a-f]+/0x[0-9a-f]+(?: <- [\w.]+)?\)(?: \w+=|\s*$)", text) is not None

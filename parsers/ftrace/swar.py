@@ -24,6 +24,9 @@ ALL = U64(0xFFFFFFFFFFFFFFFF)
 BLANKS = U64(0x1010101010101010)
 #: Keeps the last n of eight characters (the high bytes of the word).
 LAST = np.array([0, *((0xFFFFFFFFFFFFFFFF << 8 * (8 - n)) & 0xFFFFFFFFFFFFFFFF for n in range(1, 9))], dtype=np.uint64)
+FIFTEENS = U64(0x0F0F0F0F0F0F0F0F)
+#: Value of a hexadecimal digit by its character; 255 for others.
+DIGIT = np.array([int(chr(c), 16) if chr(c) in "0123456789abcdef" else 255 for c in range(256)], dtype=np.uint64)
 TENS = np.array([10**n for n in range(20)], dtype=np.uint64)
 
 
@@ -43,6 +46,20 @@ def _eight_digits(word: Array) -> tuple[Array, Array]:
     word = (word * U64(10) + (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
     word = (word * U64(100) + (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
     return (word * U64(10000) + (word >> U64(32))) & U64(0x00000000FFFFFFFF), good
+
+
+def _eight_hex(word: Array) -> tuple[Array, Array]:
+    """The number that eight hexadecimal digits show, and whether all of them are such (a to f small)."""
+    letters = (word >> U64(6)) & LOW
+    nines = letters * U64(9)
+    digit = (word & FIFTEENS) + nines
+    # only 0-9 and a-f map back to themselves
+    good = digit + ZEROS + letters * U64(0x27) == word
+    good &= (digit & NIBBLES) == 0
+    good &= ((digit + SIXES) & BLANKS) >> U64(4) == letters
+    digit = ((digit << U64(4)) | (digit >> U64(8))) & U64(0x00FF00FF00FF00FF)
+    digit = ((digit << U64(8)) | (digit >> U64(16))) & U64(0x0000FFFF0000FFFF)
+    return ((digit << U64(16)) | (digit >> U64(32))) & U64(0x00000000FFFFFFFF), good
 
 
 class Text:
@@ -130,42 +147,43 @@ class Text:
     def _unsigned(self, start: Array, end: Array, blanks: np.uint64 = NONE) -> tuple[Array, Array]:
         size = end - start
         good = (size > 0) & (size <= 18)
-        value = np.zeros(start.size, dtype=np.uint64)
-        done = 0
-        longest = min(int(size.max(initial=0)), 18)
-        while done < longest:
-            take = np.clip(size - done, 0, 8)
-            keep = LAST[take]
-            # this bit turns a blank into "0" and leaves digits as they are
-            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep) | blanks
-            number, valid = _eight_digits(word)
-            good &= valid
-            value += number * TENS[done]
+        value, valid = _eight_digits(self._tail(end, size) | blanks)
+        good &= valid
+        done = 8
+        while int(size.max(initial=0)) > done < 18:
+            rows = np.flatnonzero(size > done)
+            more, valid = _eight_digits(self._tail(end[rows] - done, size[rows] - done) | blanks)
+            good[rows] &= valid
+            value[rows] += more * TENS[done]
             done += 8
         return value, good
+
+    def _tail(self, end: Array, size: Array) -> Array:
+        """The last (at most 8) of the `size` characters before each `end`, with zeros on their left."""
+        keep = LAST[np.clip(size, 0, 8)]
+        word = self.words[end - 8] ^ ZEROS
+        word &= keep
+        word ^= ZEROS
+        return np.asarray(word)
 
     def hexadecimal(self, start: Array, end: Array) -> tuple[Array, Array]:
         """Hexadecimal numbers of up to 16 digits, with or without 0x, and which rows are such numbers."""
         start = start + 2 * self.has(b"0x", start)
         size = end - start
         good = (size > 0) & (size <= 16)
-        value = np.zeros(start.size, dtype=np.uint64)
-        done = 0
-        longest = min(int(size.max(initial=0)), 16)
-        while done < longest:
-            take = np.clip(size - done, 0, 8)
-            keep = LAST[take]
-            word = (self.words[end - 8 - done] & keep) | (ZEROS & ~keep)
-            letters = (word >> U64(6)) & LOW
-            digit = (word & U64(0x0F0F0F0F0F0F0F0F)) + letters * U64(9)
-            # only 0-9 and a-f map back to themselves
-            good &= digit + ZEROS + letters * U64(0x27) == word
-            good &= (digit & NIBBLES) == 0
-            good &= ((digit + SIXES) & U64(0x1010101010101010)) >> U64(4) == letters
-            word = digit
-            word = ((word << U64(4)) | (word >> U64(8))) & U64(0x00FF00FF00FF00FF)
-            word = ((word << U64(8)) | (word >> U64(16))) & U64(0x0000FFFF0000FFFF)
-            word = ((word << U64(16)) | (word >> U64(32))) & U64(0x00000000FFFFFFFF)
-            value |= word << U64(4 * done)
-            done += 8
+        short = size == 1
+        if 4 * np.count_nonzero(short) < short.size:
+            value, valid = _eight_hex(self._tail(end, size))
+            good &= valid
+        else:  # flags and counts are often of one digit, and a table knows those
+            value = DIGIT[self.data[start]]
+            good &= (value < 16) | ~short
+            rows = np.flatnonzero(~short)
+            value[rows], valid = _eight_hex(self._tail(end[rows], size[rows]))
+            good[rows] &= valid
+        rows = np.flatnonzero(size > 8)
+        if rows.size:
+            more, valid = _eight_hex(self._tail(end[rows] - 8, size[rows] - 8))
+            value[rows] |= more << U64(32)
+            good[rows] &= valid
         return value, good

@@ -114,7 +114,7 @@ def test_common_columns(name: str, unit: str, clock: str) -> None:
         assert (own["flags"][row], own["preempt"][row]) == decode_flags(match["flags"].decode())
         tgid = (match["tgid"] or b"-").strip()
         assert own["tgid"][row] == (int(tgid) if tgid.isdigit() else None)
-        if event not in declared():
+        if declared(event) is None:
             for key, said in re.findall(rb" (\w+)=(0x[0-9a-f]+|\d+)(?= |$)", match["payload"]):
                 assert own[column_name(key.decode())][row] == int(said, 0), line
             assert own["__probe_ip_sym" if "__probe_ip_sym" in own else "__probe_ret_ip_sym"][row] in line.decode()
