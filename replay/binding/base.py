@@ -13,13 +13,14 @@ import pyarrow as pa
 from replay.coverage import Observation
 from replay.events import KINDS, ROLES, SCHEMA
 
-__all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Records", "event", "lost_events", "slices"]
+__all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Forward", "Records", "event", "lost_events", "slices"]
 
 #: The vocabulary as a polars type: cheap to carry, exact to spell.
 KIND: Final = pl.Enum([kind.name for kind in KINDS])
 
 _SYS: Final = tuple(dict.fromkeys(kind.sys for kind in KINDS))
 _SYS_OF_KIND: Final = np.array([_SYS.index(kind.sys) for kind in KINDS], dtype=np.int8)
+_NAMES: Final = {"kind": pa.array([kind.name for kind in KINDS]), "sys": pa.array(_SYS), "role": pa.array(ROLES)}
 _ROLE_OF_KIND: Final = np.array([ROLES.index(kind.role) for kind in KINDS], dtype=np.int8)
 
 #: Columns that a binding fills; absent ones are null (or 0, 100 for flags and conf).
@@ -42,6 +43,21 @@ COLUMNS: Final[Mapping[str, Any]] = {
     "raw_kind": pl.String,
 }
 _DEFAULTS: Final[Mapping[str, Any]] = {"t_err_ns": 0, "rank": 0, "flags": 0, "conf": 100}
+_TAKEN: Final[Mapping[str, str]] = {**{n: n for n in ("t_ns", "t_err_ns", "cpu", "offset")}, "src_seq": "seq"}
+
+
+def _column(name: str, value: Any) -> pl.Expr:
+    """A canonical column."""
+    # A damaged record may hold a number that its column cannot: that field is not known then.
+    expr = (value if isinstance(value, pl.Expr) else pl.lit(value)).cast(COLUMNS[name], strict=False)
+    return (expr.fill_null(_DEFAULTS[name]) if name in _DEFAULTS else expr).alias(name)
+
+
+#: What a column is unless a binding says otherwise; making expressions costs more than evaluating them.
+_USUAL: Final = {
+    name: _column(name, pl.col(_TAKEN[name]) if name in _TAKEN else _DEFAULTS.get(name)) for name in COLUMNS
+}
+_NONE: Final = pl.DataFrame(schema=dict(COLUMNS))
 
 
 class Records(Protocol):
@@ -53,6 +69,15 @@ class Records(Protocol):
 
     def scan(self, name: str) -> pl.LazyFrame:
         """One table, sorted by `seq`."""
+        ...
+
+    def parts(
+        self, name: str, columns: Sequence[str] | None, lo: int = 0, hi: int | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """The same table (only some columns; None: all) from front to back, a bounded number of rows at a time.
+
+        At least one frame; stretches of the table that have no `seq` in [lo, hi) may be left out.
+        """
         ...
 
 
@@ -87,29 +112,63 @@ def slices(rows: int, step: int = 1 << 20) -> Iterator[tuple[int, int]]:
         yield lo, lo + step
 
 
+class _Stream:
+    """One table on its way from front to back; `parts` gives at least one frame."""
+
+    def __init__(self, parts: Iterator[pl.DataFrame]) -> None:
+        self.parts = parts
+        self.rest = next(parts)
+        self.seq = self.rest["seq"].to_numpy()
+        self.passed = 0  # rows of `rest`
+        self.at = (0, 0)
+        self.now = self.rest.clear()
+
+    def advance(self, lo: int, hi: int) -> pl.DataFrame:
+        """Rows with lo <= seq < hi that were not passed before."""
+        found: list[pl.DataFrame] = []
+        while True:
+            first, last = (self.passed + int(n) for n in np.searchsorted(self.seq[self.passed :], (lo, hi)))
+            if last > first:
+                found.append(self.rest[first:last])
+            self.passed = last
+            following = next(self.parts, None) if last == len(self.seq) else None
+            if following is None:
+                break
+            self.rest, self.seq, self.passed = following, following["seq"].to_numpy(), 0
+        self.at = (lo, hi)
+        self.now = self.rest.clear() if not found else found[0] if len(found) == 1 else pl.concat(found)
+        return self.now
+
+
+class Forward:
+    """Record tables read once from front to back, a slice of `seq` at a time, whoever asks for it."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+        self.streams: dict[tuple[str, tuple[str, ...] | None], _Stream] = {}
+
+    def tables(self) -> frozenset[str]:
+        """Names of the tables that exist."""
+        return self.records.tables()
+
+    def read(self, name: str, lo: int, hi: int, columns: tuple[str, ...] | None = None) -> pl.DataFrame:
+        """The records with lo <= seq < hi of a table that exists; slices are asked for in ascending order."""
+        key = (name, columns)
+        if key not in self.streams:
+            self.streams[key] = _Stream(self.records.parts(name, columns))
+        stream = self.streams[key]
+        return stream.now if stream.at == (lo, hi) else stream.advance(lo, hi)
+
+
 def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.DataFrame:
     """Canonical columns from a frame of records; `columns` are expressions or constants.
 
     `t_ns`, `t_err_ns`, `cpu`, `offset` and `seq` (as `src_seq`) are taken over unless given.
     """
-    given: dict[str, Any] = {
-        "t_ns": pl.col("t_ns"),
-        "t_err_ns": pl.col("t_err_ns"),
-        "src_seq": pl.col("seq"),
-        "cpu": pl.col("cpu"),
-        "offset": pl.col("offset"),
-        "kind": pl.lit(kind),
-        "raw_kind": pl.lit(raw_kind),
-        **columns,
-    }
-    exprs = []
-    for name, dtype in COLUMNS.items():
-        value = given.get(name, _DEFAULTS.get(name))
-        expr = value if isinstance(value, pl.Expr) else pl.lit(value)
-        # A damaged record may hold a number that its column cannot: that field is not known then.
-        expr = expr.cast(dtype, strict=False)
-        exprs.append((expr.fill_null(_DEFAULTS[name]) if name in _DEFAULTS else expr).alias(name))
-    return frame.select(exprs)
+    if not frame.height:
+        return _NONE
+    given = {"kind": kind, "raw_kind": raw_kind, **columns}
+    return frame.select([_column(n, given[n]) if n in given else usual for n, usual in _USUAL.items()])
 
 
 def lost_events(context: Context) -> pl.DataFrame:
@@ -193,19 +252,17 @@ class Assembler:
         }
         columns["seq"] = pa.array(np.arange(self.seq, self.seq + n, dtype=np.uint64))
         columns["src"] = pa.DictionaryArray.from_arrays(zeros, [self.source])
-        columns["kind"] = pa.DictionaryArray.from_arrays(pa.array(kind), [k.name for k in KINDS])
-        columns["sys"] = pa.DictionaryArray.from_arrays(pa.array(_SYS_OF_KIND[kind]), list(_SYS))
-        columns["role"] = pa.DictionaryArray.from_arrays(pa.array(_ROLE_OF_KIND[kind]), list(ROLES))
+        columns["kind"] = pa.DictionaryArray.from_arrays(pa.array(kind), _NAMES["kind"])
+        columns["sys"] = pa.DictionaryArray.from_arrays(pa.array(_SYS_OF_KIND[kind]), _NAMES["sys"])
+        columns["role"] = pa.DictionaryArray.from_arrays(pa.array(_ROLE_OF_KIND[kind]), _NAMES["role"])
         columns["cause_seq"] = pa.nulls(n, pa.uint64())
         columns["body_id"] = pa.nulls(n, pa.uint64())
-        raw = frame["raw_kind"].cast(pl.Categorical)
-        names = raw.unique().cast(pl.String).drop_nulls().sort()
-        index = raw.cast(pl.Enum(names)).to_physical().cast(pl.Int32).to_arrow()
+        raw = frame["raw_kind"].to_arrow().dictionary_encode()
         columns["origin"] = pa.StructArray.from_arrays(
             [
                 pa.DictionaryArray.from_arrays(zeros, [self.source]),
                 frame["offset"].to_arrow(),
-                pa.DictionaryArray.from_arrays(index, names.to_arrow().cast(pa.string())),
+                pa.DictionaryArray.from_arrays(raw.indices, raw.dictionary.cast(pa.string())),
             ],
             fields=list(SCHEMA.field("origin").type),
         )

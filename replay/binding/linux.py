@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from replay.binding import kvm_arm64, kvm_x86, linux_evtchn, linux_idle, linux_irq
+from replay.binding import kvm_arm64, kvm_x86, linux_evtchn, linux_hpet, linux_idle, linux_irq
 from replay.binding.base import Assembler, Bound, Context, Records, lost_events, slices
 from replay.binding.linux_probes import Source
 from replay.coverage import Observation
@@ -28,6 +28,8 @@ def bind(records: Records, context: Context) -> Bound:
     source = Source(records, context.options.get("event_map"))
     irq = linux_irq.survey(source)
     idle = linux_idle.survey(source, context)
+    hpet = linux_hpet.survey(source, idle.channels, idle.owners, idle.offset_ns)
+    idle.owned_by(hpet)
     channels = linux_evtchn.survey(source, irq.flows)
     x86 = kvm_x86.survey(source)
     arm = kvm_arm64.survey(source)
@@ -36,7 +38,7 @@ def bind(records: Records, context: Context) -> Bound:
     }
     facts: dict[str, Any] = {}
     blind: dict[str, str] = {}
-    for part in (irq, idle, channels, x86, arm):
+    for part in (irq, idle, hpet, channels, x86, arm):
         _add(observed, part.observed)
         facts.update(part.facts)
         blind.update(getattr(part, "blind", {}))
@@ -48,6 +50,7 @@ def bind(records: Records, context: Context) -> Bound:
     binders = (
         linux_irq.Binder(source, irq),
         linux_idle.Binder(source, idle),
+        linux_hpet.Binder(source, hpet, idle.offset_ns),
         linux_evtchn.Binder(source, channels),
         kvm_x86.Binder(source, x86),
         kvm_arm64.Binder(source, arm),

@@ -1,8 +1,9 @@
 """Linux idle CPUs and their wake-up by HPET MSI channels (spec M.2).
 
-power:cpu_idle gives sleep and wake. A CPU's deadline is the earliest high-resolution timer queued on it: the tick is
-one of them, and a stopped tick is queued for the next timer of the wheel (tick_nohz_stop_tick). Expiry times are of
-CLOCK_MONOTONIC; `now` of timer:hrtimer_expire_entry ties that clock to the recording's.
+power:cpu_idle gives sleep and wake. A CPU's deadline is what its clock event device is armed for (`linux_hpet`); where
+that is not probed, the earliest high-resolution timer queued on it: the tick is one of them, and a stopped tick is
+queued for the next timer of the wheel (tick_nohz_stop_tick). Expiry times are of CLOCK_MONOTONIC; `now` of
+timer:hrtimer_expire_entry ties that clock to the recording's.
 
 hpetN is a channel that Linux gives to one CPU for good (arch/x86/kernel/hpet.c, init_one_hpet_msi_clockevent): its
 owner is the CPU that takes most of its interrupts.
@@ -17,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
+from replay.binding import linux_hpet
 from replay.binding.base import Context, event
 from replay.binding.linux_probes import Source
 from replay.coverage import Observation
@@ -55,15 +57,35 @@ _WAKERS: Final = (
 class Survey:
     """What the whole recording says before its events are made.
 
-    `channels` maps an irq to the N of hpetN, `owners` N to its CPU; `offset_ns` is CLOCK_MONOTONIC less `t_ns`.
+    `channels` maps an irq to the N of hpetN, `owners` N to its CPU, which is as sure as `owners_conf`; `probed`: a
+    probe shows their interrupts, not irq_handler_entry. `offset_ns` is CLOCK_MONOTONIC less `t_ns`; `cpus` counts CPUs
+    that sleep.
     """
 
     observed: dict[str, Observation] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     channels: dict[int, int] = field(default_factory=dict)
     owners: dict[int, int] = field(default_factory=dict)
+    owners_conf: int = 50
+    cpus: int = 0
+    probed: bool = False
     offset_ns: int | None = None
     usable: bool = False
+
+    def owned_by(self, hpet: linux_hpet.Survey) -> None:
+        """What probes say of the channels is surer than who takes most interrupts."""
+        if hpet.owners:
+            self.owners = dict(hpet.owners)
+            self.owners_conf = 100
+            self.observed.pop("hpet.retarget", None)
+        if hpet.handlers:
+            self.channels = dict(hpet.irqs)
+            self.probed = True
+        if self.usable and (hpet.owners or hpet.handlers):
+            self.facts["hpet_channels"] = {str(irq): channel for irq, channel in sorted(self.channels.items())}
+            self.facts["hpet_config"] = {
+                "n_channels": len(self.owners or self.channels), "n_cpus": self.cpus, "fixed_owners": True,
+            }  # fmt: skip
 
 
 def clock_hz(source: Source) -> float | None:
@@ -95,10 +117,12 @@ def survey(source: Source, context: Context) -> Survey:
     if not source.has(_IDLE):
         return result
     result.usable = True
+    result.cpus = int(source.records.scan(_IDLE).select(pl.col("cpu").n_unique()).collect().item())
     if context.unit == "ns":
         result.offset_ns = _offset(source)
-    if result.offset_ns is not None and source.has(_START):
-        result.observed["idle.enter"] = Observation(80, "power:cpu_idle; deadline from timer:hrtimer_start")
+    if result.offset_ns is not None and (source.has(_START) or source.probed(linux_hpet.PROGRAM)):
+        timer = linux_hpet.PROGRAM if source.probed(linux_hpet.PROGRAM) else "timer:hrtimer_start"
+        result.observed["idle.enter"] = Observation(80, f"power:cpu_idle; deadline from {timer}")
     else:
         result.observed["idle.enter"] = Observation(80, "power:cpu_idle; no deadline: record timer:hrtimer_* too")
     result.observed["idle.exit"] = Observation(80, "power:cpu_idle; the reason is the interrupt before it")
@@ -117,7 +141,6 @@ def survey(source: Source, context: Context) -> Survey:
         result.owners.setdefault(int(channel), int(cpu))
     if not result.channels:
         return result
-    cpus = source.records.scan(_IDLE).select(pl.col("cpu").n_unique()).collect().item()
     for kind, name in (("hpet.handler.begin", _ENTRY), ("hpet.handler.end", _EXIT)):
         if source.has(name):
             result.observed[kind] = Observation(100, f"irq:{name} name=hpetN")
@@ -125,7 +148,7 @@ def survey(source: Source, context: Context) -> Survey:
     result.facts["hpet_channels"] = {str(irq): channel for irq, channel in sorted(result.channels.items())}
     result.facts["hpet_owners"] = {f"hpet{channel}": cpu for channel, cpu in sorted(result.owners.items())}
     result.facts["hpet_config"] = {
-        "n_channels": len(result.owners), "n_cpus": int(cpus), "fixed_owners": True,
+        "n_channels": len(result.owners), "n_cpus": result.cpus, "fixed_owners": True,
     }  # fmt: skip
     return result
 
@@ -149,6 +172,7 @@ class Binder:
         self.sleeping: pl.DataFrame | None = None  # enters without their exit
         self.queued: pl.DataFrame | None = None  # timers started and not yet expired
         self.recent: pl.DataFrame | None = None  # interrupts of the slice before
+        self.armed = linux_hpet.Armed(source, found.offset_ns)
 
     def events(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """Events of the records with lo <= seq < hi."""
@@ -162,7 +186,8 @@ class Binder:
         if idle is not None:
             idle = idle.with_columns(cpu=pl.coalesce(pl.col("cpu_id").cast(pl.Int64), pl.col("cpu").cast(pl.Int64)))
             awake = pl.col("state").cast(pl.Int64) == AWAKE
-            enters = self._deadlines(idle.filter(~awake), timers)
+            enters = self.armed.before(self._deadlines(idle.filter(~awake), timers), lo, hi)
+            enters = enters.with_columns(deadline=pl.coalesce("armed", "deadline"))
             yield event(
                 enters, "idle.enter", _IDLE, val=pl.col("deadline"), val2=pl.col("state"), conf=80
             )
@@ -180,9 +205,10 @@ class Binder:
             schema={"seq": pl.UInt64, "t_ns": pl.Int64, "t_err_ns": pl.UInt32, "cpu": pl.Int64,
                     "offset": pl.UInt64, "channel": pl.Int64},
         )  # fmt: skip
+        how = "most of its interrupts" if self.found.owners_conf < 100 else linux_hpet.PROGRAM
         return event(
-            frame, "hpet.retarget", "most of its interrupts",
-            obj=pl.col("channel"), tgt=pl.col("cpu"), conf=50, rank=-2,
+            frame, "hpet.retarget", how,
+            obj=pl.col("channel"), tgt=pl.col("cpu"), conf=self.found.owners_conf, rank=-2,
         )  # fmt: skip
 
     def _handlers(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
@@ -210,6 +236,10 @@ class Binder:
         if entries is not None:
             irq = pl.col("irq").cast(pl.Int64)
             parts.append(entries.select("seq", "cpu", began="t_ns", irq=irq, channel=self._channel()))
+        if self.found.probed:
+            hits = self.source.probe(linux_hpet.MSI, lo, hi, "irq")
+            if hits is not None:
+                parts.append(hits.select("seq", "cpu", "irq", began="t_ns", channel=self._channel()))
         for name in _WAKERS:
             frame = self.source.read(name, lo, hi)
             if frame is not None:

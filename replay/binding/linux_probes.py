@@ -168,6 +168,18 @@ class Source:
         frames = [p for p in parts if p.height]
         return pl.concat(frames).sort("seq") if frames else None
 
+    def texts(self, symbol: str, key: str, name: str) -> pl.DataFrame | None:
+        """Distinct pairs of a number `key` and a text `name` among the arguments of a probe; None without texts."""
+        parts = []
+        for probe in self.entries.get(symbol, ()):
+            types = self.records.scan(probe.table).collect_schema()
+            column = self._column(probe, name)
+            if column is not None and types[column] in (pl.String, pl.Categorical):
+                word = self._word(types, self._column(probe, key), key)
+                text = pl.col(column).cast(pl.String).alias(name)
+                parts.append(self.records.scan(probe.table).select(word, text).unique().collect())
+        return pl.concat(parts) if parts else None
+
     @staticmethod
     def _word(types: Mapping[str, Any], column: str | None, name: str) -> pl.Expr:
         """An argument as Int64, bit for bit; null when it is absent or no number."""

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_instrumented, xentrace_via
-from replay.binding.base import Assembler, Bound, Context, Records, event, lost_events, slices
+from replay.binding.base import Assembler, Bound, Context, Forward, Records, event, lost_events, slices
 from replay.coverage import Observation
 
 __all__ = ["FORMATS", "bind"]
@@ -18,6 +18,8 @@ __all__ = ["FORMATS", "bind"]
 FORMATS: Final = ("xentrace", "xenalyze", "xentrace_format")
 
 IDLE_DOMAIN: Final = 0x7FFF
+#: Records whose events are made together: with fewer it takes longer, with more it takes more memory.
+SLICE: Final = 512 << 10
 #: Facts by the first word of the kinds that make them void.
 _SYSTEM_OF: Final = {"hpet": "hpet", "via": "callback", "lapic": "apic"}
 
@@ -48,14 +50,9 @@ def _domains(records: Records) -> dict[str, int]:
     """Domains that ran and the number of their vCPUs."""
     if "TRC_SCHED_RUNSTATE_CHANGE" not in records.tables():
         return {}
-    frame = (
-        records.scan("TRC_SCHED_RUNSTATE_CHANGE")
-        .filter(pl.col("dom") != IDLE_DOMAIN)
-        .group_by("dom")
-        .agg(n=pl.col("vcpu").n_unique())
-        .sort("dom")
-        .collect()
-    )
+    met = [part.unique() for part in records.parts("TRC_SCHED_RUNSTATE_CHANGE", ("dom", "vcpu"))]
+    frame = pl.concat(met).filter(pl.col("dom") != IDLE_DOMAIN)
+    frame = frame.group_by("dom").agg(n=pl.col("vcpu").n_unique()).sort("dom")
     return {str(dom): n for dom, n in frame.iter_rows()}
 
 
@@ -75,39 +72,39 @@ def _batches(
     more: xentrace_instrumented.Survey,
 ) -> Iterator[pa.Table]:
     assembler = Assembler(context.source)
-    instrumented = xentrace_instrumented.Binder(records, more)
-    idle = xentrace_hpet.Binder(records, context, hpet)
-    virtual = xentrace_hvm.Binder(records, hvm)
+    forward = Forward(records)
+    instrumented = xentrace_instrumented.Binder(forward, more)
+    idle = xentrace_hpet.Binder(forward, context, hpet)
+    virtual = xentrace_hvm.Binder(forward, hvm)
     lost = lost_events(context)
-    for lo, hi in slices(context.rows):
+    for lo, hi in slices(context.rows, SLICE):
         lapics = list(virtual.events(lo, hi))
         callback = xentrace_via.of_machine(via, lapics, virtual.entries(lo, hi))
         stock = more.theirs([*idle.events(lo, hi), *lapics, *callback])
-        frames = [*stock, *instrumented.events(lo, hi), *_runstates(records, lo, hi)]
+        frames = [*stock, *instrumented.events(lo, hi), *_runstates(forward, lo, hi)]
         if lo == 0:
             frames.append(lost)
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]
         if last is None:
             continue
+        del lapics, stock
         table = assembler.push(frames, last)
+        del frames
         if table is not None:
             yield table
+            del table
     rest = assembler.push([], None)
     if rest is not None:
         yield rest
 
 
-def _runstates(records: Records, lo: int, hi: int) -> Iterator[pl.DataFrame]:
+def _runstates(records: Forward, lo: int, hi: int) -> Iterator[pl.DataFrame]:
     """Which vCPU runs on which CPU, idle vCPUs left out."""
     name = "TRC_SCHED_RUNSTATE_CHANGE"
     if name not in records.tables():
         return
-    frame = (
-        records.scan(name)
-        .filter(pl.col("seq").is_between(lo, hi, closed="left") & (pl.col("dom") != IDLE_DOMAIN))
-        .select("seq", "t_ns", "t_err_ns", "cpu", "offset", "dom", "vcpu", "old_state", "new_state")
-        .collect()
-    )
+    frame = records.read(name, lo, hi, (*xentrace_hvm.KEEP, *xentrace_hvm.RUNSTATE))
+    frame = frame.filter(pl.col("dom") != IDLE_DOMAIN)
     who = {"dom": pl.col("dom"), "vcpu": pl.col("vcpu")}
     yield event(frame.filter(pl.col("new_state") == 0), "sched.run", name, **who)
     yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val=pl.col("new_state"))

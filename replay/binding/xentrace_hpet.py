@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from replay.binding.base import Context, Records, event, slices
+from replay.binding.base import Context, Forward, Records, event, slices
 from replay.coverage import Observation
 
 __all__ = ["REASONS", "Binder", "Survey", "survey"]
@@ -31,6 +31,9 @@ SURVEY_ROWS: Final = 4 << 20
 SURVEY_MARGIN: Final = 128 << 10
 #: A remote handler wakes its CPUs within this (ns).
 REMOTE_WAKE_NS: Final = 1_000_000
+#: Records after an exit among which that of a handler that began before it is looked for, and handlers kept for it.
+LOOK_AHEAD: Final = 4096
+KEPT_HANDLERS: Final = 64
 #: A handler record this long before the exit record still counts as its cause (ns).
 WAKE_WINDOW_NS: Final = 1_000_000
 #: Longest handler that is believed (ns): the two stamps in the record have 32 bits only.
@@ -70,10 +73,15 @@ def survey(records: Records, context: Context) -> Survey:
     irq_seen = _HANDLED in tables
     result.channels = _channels(records, context) if irq_seen else {}
     pending = pl.any_horizontal(*(pl.col(f"irr{i}") != 0 for i in range(4)))
-    # Records written after interrupts were enabled again show what is left, which is next to nothing.
-    share = records.scan(_EXIT).select(pending.mean()).collect().item()  # null: xenalyze does not print them
-    result.pending_vectors_recorded = share is not None and share > 0.5
-    cpus = records.scan(_ENTRY).select(pl.col("cpu").n_unique()).collect().item()
+    # Records written after interrupts were enabled again show what is left, which is next to nothing; null: xenalyze
+    # does not print them.
+    seen = [
+        part.select(pending.sum().alias("some"), pending.count().alias("all"))
+        for part in records.parts(_EXIT, ("irr0", "irr1", "irr2", "irr3"))
+    ]
+    some, known = pl.concat(seen).sum().row(0)
+    result.pending_vectors_recorded = some > 0.5 * known
+    cpus = len({cpu for part in records.parts(_ENTRY, ("cpu",)) for cpu in part["cpu"].unique().to_list()})
     result.facts.update(
         {
             "hpet_channels": {str(irq): channel for irq, channel in result.channels.items()},
@@ -121,7 +129,8 @@ def _channels(records: Records, context: Context) -> dict[int, int]:
 
 def _moved_around_idle(records: Records, rows: int) -> list[int]:
     """Interrupts that a CPU points elsewhere right after its idle exit or right before its idle entry."""
-    handled = records.scan(_HANDLED).group_by("irq").agg(cpus=pl.col("cpu").n_unique()).collect(engine="streaming")
+    met = pl.concat([part.unique() for part in records.parts(_HANDLED, ("irq", "cpu"))])
+    handled = met.group_by("irq").agg(cpus=pl.col("cpu").n_unique())
     several = handled.filter(pl.col("cpus") > 1)["irq"].to_list()
     moves = [_moves(records, lo, hi) for lo, hi in slices(rows, SURVEY_ROWS)]
     found = (
@@ -136,13 +145,14 @@ def _moved_around_idle(records: Records, rows: int) -> list[int]:
 def _moves(records: Records, lo: int, hi: int) -> pl.DataFrame:
     """How often each interrupt is moved by the records with lo <= seq < hi, and how often of these near idle."""
     here = pl.col("seq").is_between(lo, hi, closed="left")
-    assigned = records.scan(_ASSIGN).filter(here).select("seq", "t_ns", "cpu", "irq").collect().sort("seq")
+    assigned = pl.concat([part.filter(here) for part in records.parts(_ASSIGN, ("seq", "t_ns", "cpu", "irq"), lo, hi)])
     cpus = assigned["cpu"].unique().to_list()
 
     def idle(name: str) -> pl.DataFrame:
-        around = pl.col("seq").is_between(lo - SURVEY_MARGIN, hi + SURVEY_MARGIN)
-        frame = records.scan(name).filter(around & pl.col("cpu").is_in(cpus)).select("seq", "cpu", "t_ns")
-        return frame.rename({"t_ns": f"t_{name}"}).collect().sort("seq")
+        first, last = lo - SURVEY_MARGIN, hi + SURVEY_MARGIN
+        around = pl.col("seq").is_between(first, last) & pl.col("cpu").is_in(cpus)
+        parts = records.parts(name, ("seq", "cpu", "t_ns"), first, last + 1)
+        return pl.concat([part.filter(around) for part in parts]).rename({"t_ns": f"t_{name}"})
 
     return (
         assigned.join_asof(idle(_EXIT), on="seq", by="cpu", strategy="backward", check_sortedness=False)
@@ -159,23 +169,25 @@ def _moves(records: Records, lo: int, hi: int) -> pl.DataFrame:
 class Binder:
     """Makes the events of one slice after the other; carries the open idle periods."""
 
-    def __init__(self, records: Records, context: Context, found: Survey) -> None:
+    def __init__(self, records: Forward, context: Context, found: Survey) -> None:
         self.records = records
+        self.ahead = Forward(records.records)
         self.found = found
         self.tables = records.tables()
         self.ticks_per_ns = (context.hz or 1e9) / 1e9 if context.unit == "ns" else 1.0
         self.in_ns = context.unit == "ns"
-        self.pool = pl.DataFrame()
+        self.broadcasts: pl.DataFrame | None = None
         self.open_entries: pl.DataFrame | None = None
         self.recent_handlers: pl.DataFrame | None = None
         self.recent_cleanups: pl.DataFrame | None = None
         self.targets: pl.DataFrame | None = None
 
-    def _read(self, name: str, lo: int, hi: int, *columns: str) -> pl.DataFrame | None:
+    def _read(
+        self, name: str, lo: int, hi: int, *columns: str, source: Forward | None = None
+    ) -> pl.DataFrame | None:
         if name not in self.tables:
             return None
-        window = pl.col("seq").is_between(lo, hi, closed="left")
-        return self.records.scan(name).filter(window).select(*_KEEP, *columns).collect().sort("seq")
+        return (source or self.records).read(name, lo, hi, (*_KEEP, *columns))
 
     def events(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """Events of the records with lo <= seq < hi."""
@@ -184,7 +196,7 @@ class Binder:
         entries = self._read(_ENTRY, lo, hi, "expected_us", "cx")
         exits = self._read(_EXIT, lo, hi, "irr0", "irr1", "irr2", "irr3")
         assert entries is not None and exits is not None
-        handlers = self._handlers(lo, hi)
+        handlers = self._handlers(lo, hi, self.records)
         yield self._enter(entries)
         yield from self._exits(entries, exits, handlers, lo, hi)
         yield from self._handler_events(handlers)
@@ -201,9 +213,9 @@ class Binder:
         deadline = self._deadline("t_ns", "expected_us")
         return event(entries, "idle.enter", _ENTRY, val=deadline, val2=pl.col("cx"), conf=80)
 
-    def _handlers(self, lo: int, hi: int) -> pl.DataFrame | None:
+    def _handlers(self, lo: int, hi: int, source: Forward) -> pl.DataFrame | None:
         """Interrupt handlers with begin and end in ns: the record comes after the end, its words are low TSC bits."""
-        frame = self._read(_HANDLED, lo, hi, "irq", "tsc_in", "tsc_out")
+        frame = self._read(_HANDLED, lo, hi, "irq", "tsc_in", "tsc_out", source=source)
         if frame is None:
             return None
 
@@ -246,7 +258,7 @@ class Binder:
         frame = exits.join_asof(opened, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         frame = frame.with_columns(deadline=self._deadline("entered", "expected"))
         frame = self._own_handler(frame, handlers)
-        frame = self._remote_handler(frame, handlers)
+        frame = self._remote_handler(frame, lo, hi)
         frame = self._cleanup(frame, lo, hi)
         slept = pl.col("entered").is_not_null()
         reason = (
@@ -276,7 +288,6 @@ class Binder:
         fresh = handlers.select("seq", "cpu", own_end="end", own_begin="begin", h_irq="irq", h_channel="channel")
         pool = self._carry(self.recent_handlers, fresh)
         self.recent_handlers = pool.group_by("cpu", maintain_order=True).tail(4).select(pool.columns).sort("seq")
-        self.pool = pool
         joined = frame.sort("seq").join_asof(pool, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         woke = (pl.col("own_begin") >= pl.col("entered")) & (pl.col("t_ns") - pl.col("own_end") < WAKE_WINDOW_NS)
         return joined.with_columns(
@@ -284,15 +295,19 @@ class Binder:
             own_irq=pl.when(woke & pl.col("h_channel").is_null()).then(pl.col("h_irq").cast(pl.Int64)),
         ).drop("own_end", "own_begin", "h_irq", "h_channel")
 
-    def _remote_handler(self, frame: pl.DataFrame, handlers: pl.DataFrame | None) -> pl.DataFrame:
+    def _remote_handler(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:
         """A broadcast handler on another CPU that ran when this CPU was due, shortly before it woke."""
-        if handlers is None or not self.found.channels:
-            return frame.with_columns(remote_channel=pl.lit(None, pl.Int64))
-        remote = (
-            self.pool.filter(pl.col("h_channel").is_not_null())
-            .select(r_begin="own_begin", r_cpu="cpu", r_channel="h_channel")
-            .sort("r_begin")
-        )
+        nobody = frame.with_columns(remote_channel=pl.lit(None, pl.Int64))
+        if not self.found.channels:
+            return nobody
+        # Its record is written when it has ended, perhaps after that of the exit.
+        handlers = self._handlers(lo + LOOK_AHEAD if lo else 0, hi + LOOK_AHEAD, self.ahead)
+        if handlers is None:
+            return nobody
+        fresh = handlers.filter(pl.col("channel").is_not_null())
+        remote = fresh.select(r_begin="begin", r_cpu="cpu", r_channel="channel")
+        remote = (remote if self.broadcasts is None else pl.concat([self.broadcasts, remote])).sort("r_begin")
+        self.broadcasts = remote.tail(KEPT_HANDLERS + fresh.filter(pl.col("seq") >= hi).height)
         joined = frame.sort("t_ns").join_asof(remote, left_on="t_ns", right_on="r_begin", strategy="backward")
         woke = (
             (pl.col("r_cpu") != pl.col("cpu"))

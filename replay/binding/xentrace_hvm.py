@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import polars as pl
 
-from replay.binding.base import Records, event
+from replay.binding.base import Forward, Records, event
 from replay.coverage import Observation
 
-__all__ = ["Binder", "Survey", "survey"]
+__all__ = ["KEEP", "RUNSTATE", "Binder", "Survey", "survey"]
 
 X2APIC_TPR: Final = 0x808
 X2APIC_EOI: Final = 0x80B
@@ -29,7 +29,9 @@ SOURCE_VECTOR: Final = 5
 
 _INJ: Final = "TRC_HVM_INJ_VIRQ"
 _INTACK: Final = "TRC_HVM_EMUL_PIC_INTACK"
-_KEEP: Final = ("seq", "t_ns", "t_err_ns", "cpu", "offset")
+#: Columns of TRC_SCHED_RUNSTATE_CHANGE that are of use, beside those of every record.
+RUNSTATE: Final = ("dom", "vcpu", "old_state", "new_state")
+KEEP: Final = ("seq", "t_ns", "t_err_ns", "cpu", "offset")
 
 
 @dataclass(slots=True)
@@ -56,13 +58,9 @@ def survey(records: Records) -> Survey:
         result.facts["apic"] = "injections but no EOI: virtual EOI (APICv) or another event mask"
         return result
     if "TRC_HVM_INTR_WINDOW" in tables:
-        sources = (
-            records.scan("TRC_HVM_INTR_WINDOW")
-            .filter(pl.col("intr_source") == SOURCE_VECTOR)
-            .select(pl.col("vector").unique())
-            .collect()
-        )
-        result.callback_vectors = frozenset(sources["vector"].to_list())
+        for part in records.parts("TRC_HVM_INTR_WINDOW", ("intr_source", "vector")):
+            vectors = part.filter(pl.col("intr_source") == SOURCE_VECTOR)["vector"].unique().to_list()
+            result.callback_vectors |= frozenset(vectors)
     result.usable = True
     result.facts["callback_vectors"] = sorted(result.callback_vectors)
     result.observed = {
@@ -77,19 +75,19 @@ def survey(records: Records) -> Survey:
 class Binder:
     """Makes the events of one slice after the other; remembers who ran on each CPU."""
 
-    def __init__(self, records: Records, found: Survey) -> None:
+    def __init__(self, records: Forward, found: Survey) -> None:
         self.records = records
         self.found = found
         self.tables = records.tables()
         self.running = pl.DataFrame(schema={"seq": pl.UInt64, "cpu": pl.UInt16, "dom": pl.UInt16, "vcpu": pl.UInt16})
         self.switches = self.running
+        self.entered = pl.DataFrame(schema={"seq": pl.UInt64, "cpu": pl.UInt16, "entry": pl.UInt64})
         self.acknowledged = pl.DataFrame(schema={"seq": pl.UInt64, "cpu": pl.UInt16})
 
     def _read(self, name: str, lo: int, hi: int, *columns: str) -> pl.DataFrame | None:
         if name not in self.tables:
             return None
-        window = pl.col("seq").is_between(lo, hi, closed="left")
-        return self.records.scan(name).filter(window).select(*_KEEP, *columns).collect()
+        return self.records.read(name, lo, hi, (*KEEP, *columns))
 
     def events(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """Events of the records with lo <= seq < hi."""
@@ -121,7 +119,7 @@ class Binder:
     def _switches(self, lo: int, hi: int) -> pl.DataFrame:
         """Who runs on a CPU from a record on: (seq, cpu, dom, vcpu), with the last of the slice before."""
         parts = [self.running]
-        runstates = self._read("TRC_SCHED_RUNSTATE_CHANGE", lo, hi, "dom", "vcpu", "new_state")
+        runstates = self._read("TRC_SCHED_RUNSTATE_CHANGE", lo, hi, *RUNSTATE)
         if runstates is not None:
             parts.append(runstates.filter(pl.col("new_state") == 0).select("seq", "cpu", "dom", "vcpu"))
         continued = self._read("TRC_SCHED_CONTINUE_RUNNING", lo, hi, "dom", "vcpu")
@@ -138,6 +136,8 @@ class Binder:
 
     def _who(self, frame: pl.DataFrame, switches: pl.DataFrame) -> pl.DataFrame:
         """Add dom and vcpu; records of which nobody is known are dropped, they belong to no LAPIC."""
+        if not frame.height:
+            return frame.with_columns(dom=pl.lit(None, pl.UInt16), vcpu=pl.lit(None, pl.UInt16))
         joined = frame.sort("seq").join_asof(switches, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         return joined.filter(pl.col("dom").is_not_null() & (pl.col("dom") < 0x7FF0))
 
@@ -174,16 +174,17 @@ class Binder:
         first = pl.col("seq") == pl.col("seq").min().over("cpu", "ack")
         if entries is None:
             return frame.filter(~(pl.col("ack").is_not_null() & first)).drop("ack")
-        entries = entries.select("seq", "cpu", entry=pl.col("seq")).sort("seq")
+        entries = pl.concat([self.entered, entries.select("seq", "cpu", entry=pl.col("seq"))]).sort("seq")
+        self.entered = entries.group_by("cpu", maintain_order=True).last().select(entries.columns).sort("seq")
         frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         from_pic = pl.col("ack").is_not_null() & first & (pl.col("entry").is_null() | (pl.col("ack") > pl.col("entry")))
         return frame.filter(~from_pic).drop("ack", "entry")
 
     def _eois(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
-        msr = self._read("TRC_HVM_MSR_WRITE", lo, hi, "msr")
+        msr = self._read("TRC_HVM_MSR_WRITE", lo, hi, "msr", "value")
         if msr is not None:
             yield msr.filter(pl.col("msr") == X2APIC_EOI)
-        mmio = self._read("TRC_HVM_IOMEM_WRITE", lo, hi, "gpa")
+        mmio = self._read("TRC_HVM_IOMEM_WRITE", lo, hi, "gpa", "data")
         if mmio is not None:
             yield mmio.filter(pl.col("gpa") == LAPIC_EOI)
         fast = self._read("TRC_HVM_VLAPIC", lo, hi)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import polars as pl
 
 from parsers.xentrace.events_instrumented import GROUPS, NEVER_NS, POINTS, SETUP, VERSION
-from replay.binding.base import Context, Records, event
+from replay.binding.base import Context, Forward, Records, event
 from replay.coverage import Observation
 
 __all__ = ["ALGORITHMS", "BLIND_WITHOUT_GUEST", "RULES", "Binder", "Rule", "Survey", "kinds_of", "survey"]
@@ -299,7 +299,7 @@ def _subsystems(groups: frozenset[str], present: frozenset[str], found: Survey) 
 class Binder:
     """Makes the events of one slice after the other."""
 
-    def __init__(self, records: Records, found: Survey) -> None:
+    def __init__(self, records: Forward, found: Survey) -> None:
         self.records = records
         self.found = found
         self.by_table: dict[str, list[Rule]] = {}
@@ -309,9 +309,8 @@ class Binder:
 
     def events(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """Events of the records with lo <= seq < hi."""
-        window = pl.col("seq").is_between(lo, hi, closed="left")
         for table, rules in self.by_table.items():
-            frame = self.records.scan(table).filter(window).collect()
+            frame = self.records.read(table, lo, hi)
             if not frame.height:
                 continue
             for rule in rules:

@@ -135,6 +135,7 @@ class RecordedBroadcast(Machine):
         self.channels: dict[int, _Channel] = {}
         self.suspects: list[_Suspect] = []
         self.handlers_recorded: bool
+        self.ends_recorded: bool
         self.handler_conf: int  # how sure it is that a handler is a channel's
         self.open_gaps = 0
         self.gap_end = -1
@@ -157,6 +158,7 @@ class RecordedBroadcast(Machine):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         self.handlers_recorded = self.sees("hpet.handler.begin")
+        self.ends_recorded = self.sees("hpet.handler.end")
         self.handler_conf = 100 if self.observed is None else INFERRED
         heap = self.agenda.heap
         cpus = self.cpus
@@ -360,6 +362,8 @@ class RecordedBroadcast(Machine):
         """A6: a channel's handler starts on a CPU."""
         self.handlers += 1
         self.comparators.began(self.now, ch.index, seq)
+        if not self.ends_recorded:  # nothing is known to be below it
+            p.stack.clear()
         p.stack.append((ch.index, self.now, seq))
         depth = len(p.stack)
         self.max_nesting = max(self.max_nesting, depth)
