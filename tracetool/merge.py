@@ -66,6 +66,14 @@ class _Shifted:
             pl.col("t_ns") + self.source.delta_ns, pl.col("t_err_ns") + pl.lit(self.source.width_ns, pl.UInt32)
         )
 
+    def parts(
+        self, name: str, columns: Sequence[str] | None, lo: int = 0, hi: int | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """One table, some rows at a time."""
+        moved: dict[str, Any] = {"t_ns": self.source.delta_ns, "t_err_ns": pl.lit(self.source.width_ns, pl.UInt32)}
+        for part in self.records.parts(name, columns, lo, hi):
+            yield part.with_columns(pl.col(n) + by for n, by in moved.items() if n in part.columns)
+
 
 def merge_recordings(
     names: Sequence[str], target: Path, options: IngestOptions, progress: Progress | None = None

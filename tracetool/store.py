@@ -46,6 +46,8 @@ FULL_ROWS: Final = 32 << 10
 MORE_EVERY, MOST_TIMES = 128 << 20, 3
 #: Bytes of new rows after which it is decided what is written and what waits.
 FRESH_BYTES: Final = 12 << 20
+#: Rows of a row group of canonical events, which are wide.
+EVENT_GROUP: Final = 128 << 10
 #: Canonical events that are handed to a machine at a time.
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
@@ -332,9 +334,11 @@ class DatasetWriter:
         writer = _TableWriter(self.staging / "events.parquet", schema)
         try:
             for batch in batches:
-                writer.append(batch)
-                if writer.pending_rows >= ROW_GROUP:
-                    writer.flush()
+                for start in range(0, batch.num_rows, EVENT_GROUP):
+                    writer.append(batch.slice(start, EVENT_GROUP))
+                    if writer.pending_rows >= EVENT_GROUP:
+                        writer.flush()
+                del batch  # the next one is made before the name is given to it
         finally:
             writer.close()
         return writer.rows
@@ -350,6 +354,14 @@ class DatasetWriter:
                 self.target.rename(old)
             self.staging.rename(self.target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _overlaps(group: Any, lo: int, hi: int | None) -> bool:
+    """Whether a row group may have a `seq` in [lo, hi); that is the first column of every record table."""
+    known = group.column(0).statistics if group.num_columns else None
+    if known is None or not known.has_min_max or group.column(0).path_in_schema != "seq":
+        return True
+    return bool(known.max >= lo and (hi is None or known.min < hi))
 
 
 @contextmanager
@@ -440,6 +452,26 @@ class Dataset:
         """A record table, lazily."""
         return pl.scan_parquet(self.table_path(name), glob=False)
 
+    def parts(
+        self, name: str, columns: Sequence[str] | None, lo: int = 0, hi: int | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """A record table (only some columns; None: all) from front to back, a row group at a time.
+
+        Row groups without `seq` in [lo, hi) are left out. For a few columns of all rows this takes a third of the time
+        and memory of `scan`.
+        """
+        with pq.ParquetFile(self.table_path(name)) as file:
+            wanted = None if columns is None else list(columns)
+            groups = [g for g in range(file.num_row_groups) if _overlaps(file.metadata.row_group(g), lo, hi)]
+            for group in groups:
+                frame = pl.from_arrow(file.read_row_group(group, columns=wanted, use_threads=False))
+                assert isinstance(frame, pl.DataFrame)
+                yield frame.with_columns(pl.col("seq").set_sorted()) if "seq" in frame.columns else frame
+            if not groups:
+                frame = pl.from_arrow(file.schema_arrow.empty_table().select(wanted or file.schema_arrow.names))
+                assert isinstance(frame, pl.DataFrame)
+                yield frame
+
     def schema(self, name: str) -> pa.Schema:
         """Arrow schema of a record table with prose and units."""
         return pq.read_schema(self.table_path(name))
@@ -466,13 +498,17 @@ class Dataset:
         place = file.schema_arrow.get_field_index("seq")
         for group in range(file.num_row_groups):
             known = file.metadata.row_group(group).column(place).statistics
+            mine = wanted
             if known is not None and known.has_min_max:
                 first, last = np.searchsorted(wanted, np.array([known.min, known.max + 1], np.uint64))
-                if first == last:
-                    continue
-            frame = pl.from_arrow(file.read_row_group(group, columns=["seq", *columns]))
-            assert isinstance(frame, pl.DataFrame)
-            yield frame.filter(pl.Series(np.isin(frame["seq"].to_numpy(), wanted)))
+                mine = wanted[first:last]
+            if len(mine):
+                table = file.read_row_group(group, columns=["seq", *columns])
+                numbers = table["seq"].to_numpy()  # they ascend, and none comes twice
+                rows = np.minimum(np.searchsorted(numbers, mine), len(numbers) - 1)
+                frame = pl.from_arrow(table.take(rows[numbers[rows] == mine]))
+                assert isinstance(frame, pl.DataFrame)
+                yield frame
 
     def gaps(self) -> list[dict[str, Any]]:
         """The gaps, as dictionaries of `GAPS_SCHEMA`."""

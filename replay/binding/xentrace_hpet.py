@@ -305,9 +305,9 @@ class Binder:
         if handlers is None:
             return nobody
         fresh = handlers.filter(pl.col("channel").is_not_null())
-        remote = fresh.select(r_begin="begin", r_cpu="cpu", r_channel="channel")
+        remote = fresh.select(r_seq="seq", r_begin="begin", r_cpu="cpu", r_channel="channel")
         remote = (remote if self.broadcasts is None else pl.concat([self.broadcasts, remote])).sort("r_begin")
-        self.broadcasts = remote.tail(KEPT_HANDLERS + fresh.filter(pl.col("seq") >= hi).height)
+        self.broadcasts = remote.tail(KEPT_HANDLERS + remote.filter(pl.col("r_seq") >= hi).height)
         joined = frame.sort("t_ns").join_asof(remote, left_on="t_ns", right_on="r_begin", strategy="backward")
         woke = (
             (pl.col("r_cpu") != pl.col("cpu"))
@@ -317,7 +317,7 @@ class Binder:
         )
         return (
             joined.with_columns(remote_channel=pl.when(woke).then(pl.col("r_channel")))
-            .drop("r_begin", "r_cpu", "r_channel")
+            .drop("r_seq", "r_begin", "r_cpu", "r_channel")
             .sort("seq")
         )
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracetool.store
-from replay.binding import xentrace_hpet
+from replay.binding import xentrace, xentrace_hpet
 from tests.shared import SAMPLES
 from tracetool.ingest import IngestOptions, ingest
 from tracetool.store import Dataset, DatasetWriter
@@ -30,6 +30,16 @@ def test_hpet_channels_are_found_in_slices(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(xentrace_hpet, "SURVEY_ROWS", 500)
     in_slices = ingest([RECORDING], tmp_path / "two", IngestOptions()).manifest["facts"]["hpet_channels"]
     assert at_once == in_slices and at_once
+
+
+def test_events_do_not_depend_on_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are turned into events some at a time; what lies on both sides of a cut belongs together."""
+    ingest([RECORDING], tmp_path / "one", IngestOptions())
+    monkeypatch.setattr(xentrace, "SLICE", 777)
+    monkeypatch.setattr(tracetool.store, "EVENT_GROUP", 500)
+    ingest([RECORDING], tmp_path / "two", IngestOptions())
+    one, two = (_rows(tmp_path / name / "events.parquet") for name in ("one", "two"))
+    assert one.num_rows > 1500 and one.to_pylist() == two.to_pylist()
 
 
 def test_row_groups_grow_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
