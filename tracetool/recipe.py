@@ -69,7 +69,11 @@ RECIPES: Final[tuple[Recipe, ...]] = (
         ("trace-cmd record -C x86-tsc -e power:cpu_idle -e irq:irq_handler_entry -e irq:irq_handler_exit "
          "-e timer:hrtimer_start -e timer:hrtimer_expire_entry -e timer:tick_stop -o linux.dat sleep 10",
          "cat /proc/interrupts > interrupts.txt; cat /proc/timer_list > timer_list.txt"),
-        limits="Which comparator is armed for whom is not recorded: the rules about owners and members stay blind.",
+        probes=("clockevents_program", "next", "msi_irq"),
+        limits="Without the probes a channel's owner is inferred: who takes most of its interrupts. No kernel at hand "
+        "used HPET channels and let itself be probed there: the last two fired nowhere, and the name that the first "
+        "fetches was (fault); its deadlines are exactly those of the timers. Linux shares no channel: rules about "
+        "members stay blind.",
     ),
     Recipe(
         "hpet", "qemu", "comparator writes, MSI routes and interrupts as the emulated hardware saw them",

@@ -15,7 +15,7 @@ from tracetool.report.text import story_lines
 from tracetool.report.words import Times, clean, count, lines, number, plural, where
 from tracetool.results import fold
 
-__all__ = ["render", "story"]
+__all__ = ["lockstep_lines", "render", "story"]
 
 _STYLE: Final[Mapping[str, str]] = {
     "error": "bold red", "warn": "yellow", "info": "cyan", "findings": "bold red", "clean": "green",
@@ -86,9 +86,28 @@ def _run(run: Mapping[str, Any], times: Times) -> list[Text]:
     if blind:
         head = f"{len(blind)} of {plural(len(run['coverage']), 'rule')} cannot be seen in this recording: "
         out += [_line((x, "blind")) for x in lines(head + ", ".join(blind), WIDTH, indent="    ", first="  ")]
-    metrics = [f"{k}={number(v)}" for k, v in run["metrics"].items() if "." not in k and v]
-    out += [_line((x, "dim")) for x in lines("  ".join(metrics), WIDTH, indent="  ", first="  ") if metrics]
+    out += map(_line, lockstep_lines(run["metrics"]))
+    plain = {k: v for k, v in run["metrics"].items() if "." not in k}
+    metrics = [f"{k}={number(v)}" for k, v in plain.items() if v]
+    none = [k for k, v in plain.items() if not v]
+    if metrics or none:
+        words = "  ".join([*metrics, *([f"none: {', '.join(none)}"] if none else [])])
+        out += [_line((x, "dim")) for x in lines(words, WIDTH, indent="  ", first="  ")]
     return out
+
+
+def lockstep_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What the hardware models foresaw of what the emulated hardware did, outcome by outcome; nothing where no such
+    comparison was made."""
+    names = [k.removeprefix("lockstep.").removesuffix(".observed") for k in metrics if k.endswith(".observed")]
+    kinds = ("observed", "predicted", "open", "mismatch")
+    rows = [(n, *(metrics.get(f"lockstep.{n}.{kind}", 0) for kind in kinds)) for n in names]
+    told = [
+        f"    {name}: {number(seen)} seen, {number(foreseen)} foreseen, {number(undecided)} not decidable, "
+        f"{plural(wrong, 'mismatch', 'mismatches')}"
+        for name, seen, foreseen, undecided, wrong in rows if seen or wrong
+    ]  # fmt: skip
+    return ["  in lockstep with the hardware of the recording:", *told] if told else []
 
 
 def _code(run: Mapping[str, Any], episodes: Sequence[Sequence[Mapping[str, Any]]], times: Times) -> list[Text]:
