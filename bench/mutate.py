@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "Mutant", "compiled", "described", "install", "judge", "listed", "mutants_of", "notices", "run_sample",
-    "score_text",
+    "Mutant", "Text", "changed", "compiled", "described", "files_of", "install", "judge", "listed", "mutants_in",
+    "mutants_of", "notices", "reasons", "run_sample", "score_text",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +86,15 @@ class Mutant:
     line: int
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a mutant changes, as text: in which function, which statement, into what."""
+
+    inside: str
+    original: str
+    mutated: str
+
+
 class _Mutator(ast.NodeTransformer):
     """Walks the places in a fixed order; changes the one asked for, lists all when none is."""
 
@@ -94,6 +103,7 @@ class _Mutator(ast.NodeTransformer):
         self.index = index
         self.seen: Counter[str] = Counter()
         self.places: list[tuple[str, int, int]] = []
+        self.owners: list[tuple[str, ast.stmt]] = []  # of each place: in which function, which statement
         self._names: list[str] = []
         self._statements: list[ast.stmt] = []
         # Of the place that is changed:
@@ -120,6 +130,7 @@ class _Mutator(ast.NodeTransformer):
         number = self.seen[operator]
         self.seen[operator] += 1
         self.places.append((operator, number, getattr(node, "lineno", 0)))
+        self.owners.append((".".join(self._names), self._statements[-1]))
         wanted = operator == self.operator and number == self.index
         if wanted:
             self.statement = self._statements[-1]
@@ -186,7 +197,7 @@ def _docless(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def _files() -> Iterator[tuple[str, Path]]:
+def files_of() -> Iterator[tuple[str, Path]]:
     for system, folder in FOLDERS.items():
         for path in sorted((ROOT / "replay" / "systems" / folder).glob("*.py")):
             if path.name not in DECLARATIONS:
@@ -202,6 +213,19 @@ def mutants_of(system: str, path: Path) -> list[Mutant]:
     name = path.relative_to(ROOT).as_posix()
     mutator.visit(_docless(ast.parse(_source(name))))
     return [Mutant(system, name, operator, index, line) for operator, index, line in mutator.places]
+
+
+def mutants_in(system: str, path: Path, places: set[tuple[str, str]]) -> list[Mutant]:
+    """Those in certain places: (function, original statement)."""
+    mutator = _Mutator()
+    name = path.relative_to(ROOT).as_posix()
+    mutator.visit(_docless(ast.parse(_source(name))))
+    heads = {id(statement): _head(statement) for _, statement in mutator.owners}
+    return [
+        Mutant(system, name, operator, index, line)
+        for (operator, index, line), (inside, owner) in zip(mutator.places, mutator.owners, strict=True)
+        if (inside, heads[id(owner)]) in places
+    ]
 
 
 def _head(statement: ast.stmt) -> str:
@@ -239,25 +263,23 @@ def _original(name: str, text: str) -> Any:
 
 def compiled(mutant: Mutant, text: str) -> tuple[Any, Any, range]:
     """Code objects of the original and the mutated file with this text, and the lines of the changed statement."""
+    return changed(mutant, text)[:3]
+
+
+def changed(mutant: Mutant, text: str) -> tuple[Any, Any, range, Text]:
+    """As `compiled`, and the change in words of the source."""
     name = str(ROOT / mutant.path)
     mutator = _Mutator(mutant.operator, mutant.index)
     tree = mutator.visit(_docless(ast.parse(text)))
-    return _original(name, text), compile(ast.fix_missing_locations(tree), name, "exec"), _lines(mutator.statement)
+    words = Text(mutator.inside, mutator.before, mutator.after())
+    code = compile(ast.fix_missing_locations(tree), name, "exec")
+    return _original(name, text), code, _lines(mutator.statement), words
 
 
 def mutated(mutant: Mutant) -> tuple[Any, bool]:
     """Code object of the mutated file, and whether it is the same as the original's."""
-    original, changed, _ = compiled(mutant, _source(mutant.path))
-    return changed, changed == original
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What a mutant changes, as text: in which function, which statement, into what."""
-
-    inside: str
-    original: str
-    mutated: str
+    original, code, _ = compiled(mutant, _source(mutant.path))
+    return code, code == original
 
 
 def described(mutant: Mutant) -> Text:
@@ -275,7 +297,7 @@ def listed() -> list[dict[str, Any]]:
     return entries
 
 
-def _reasons() -> dict[tuple[str, Text], str]:
+def reasons() -> dict[tuple[str, Text], str]:
     return {(e["file"], Text(e["in"], e["original"], e["mutated"])): e["reason"] for e in listed()}
 
 
@@ -388,13 +410,14 @@ def run_sample(
     caught then are not judged again (tests are only ever added). Each result has the fields of its mutant, the verdict
     (caught, survived, equivalent), `by` (who noticed, or why it is equivalent) and the change as text.
     """
-    everything = [m for system, path in _files() if not systems or system in systems for m in mutants_of(system, path)]
+    files = [(system, path) for system, path in files_of() if not systems or system in systems]
+    everything = [m for system, path in files for m in mutants_of(system, path)]
     if only or skip:
         names = {m: f"{m.path}:{described(m).inside}" for m in everything}
         everything = [m for m in everything if only in names[m] and not (skip and skip in names[m])]
     everything = random.Random(seed).sample(everything, len(everything))[:count]
     results: list[dict[str, Any]] = []
-    reasons = _reasons()
+    known = reasons()
     keys = ("path", "inside", "original", "mutated")
     # A text that occurs twice in a function is judged again.
     often = Counter(tuple(r[k] for k in keys) for r in before)
@@ -417,7 +440,7 @@ def run_sample(
                 continue
             mutant, verdict, by = mutants[message["number"]], message["verdict"], message["by"]
             text = texts[mutant]
-            reason = reasons.get((mutant.path, text))
+            reason = known.get((mutant.path, text))
             if reason and verdict == "survived":
                 verdict, by = "equivalent", f"listed: {reason}"
             if reason and verdict == "caught":

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-__all__ = ["main", "pinned_tests", "rule_tests"]
+__all__ = ["MEMORY", "Judge", "Loading", "Unit", "forked", "lines_of", "main", "pinned_tests", "rule_tests"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Where machines live; only their lines are looked at.
@@ -72,10 +72,27 @@ def pinned_tests(system: str) -> list[str]:
     return [f"{name}::test_nothing_has_changed[{system}-{group}]" for group in GROUPS]
 
 
+def _pinned_units(system: str) -> list[Unit]:
+    """The same, run by run: one is enough to notice."""
+    from tests.conformance.pinned import GROUPS, known_names, pinned, runs, said, warm
+
+    warm(system)
+    known = known_names(system)
+
+    def unit(name: str, make: Callable[[], Any], line: str) -> Unit:
+        return Unit(name, "pinned", lambda: said(name, make, known) != line)
+
+    units = []
+    for group in GROUPS:
+        for (name, make), line in zip(runs(system, group), pinned(system, group), strict=True):
+            units.append(unit(f"{group}, {name}", make, line))
+    return units
+
+
 # -- what is loaded ----------------------------------------------------------------------------------------------------
 
 
-class _Loading:
+class Loading:
     """Remembers which functions of the machines run while it is on: their results may be kept in modules."""
 
     def __init__(self) -> None:
@@ -124,8 +141,7 @@ def _item_unit(item: Any) -> Unit:
         reports = runtestprotocol(item, log=False, nextitem=None)
         return any(report.failed for report in reports)
 
-    pin = item.nodeid.partition("::")[0].endswith("test_pinned.py")
-    return Unit(item.nodeid, "pinned" if pin else "rule test", run)
+    return Unit(item.nodeid, "rule test", run)
 
 
 def _functions() -> dict[Place, list[FunctionType]]:
@@ -137,7 +153,37 @@ def _functions() -> dict[Place, list[FunctionType]]:
     return found
 
 
-def _forked(work: Callable[[], Any], wall: float) -> Any:
+def lines_of(run: Callable[[], Any]) -> tuple[Any, set[tuple[str, int]]]:
+    """What `run` returns, and which lines of the machines it reaches."""
+    lines: set[tuple[str, int]] = set()
+    wanted: dict[CodeType, set[int]] = {}
+
+    def local(frame: FrameType, event: str, _argument: Any) -> Any:
+        if event == "line":
+            code = frame.f_code
+            lines.add((code.co_filename, frame.f_lineno))
+            left = wanted[code]
+            left.discard(frame.f_lineno)
+            if not left:
+                frame.f_trace_lines = False
+        return local
+
+    def entered(frame: FrameType, _event: str, _argument: Any) -> Any:
+        code = frame.f_code
+        if not code.co_filename.startswith(WATCHED):
+            return None
+        if code not in wanted:
+            wanted[code] = {line for _, _, line in code.co_lines() if line is not None}
+        return local if wanted[code] else None
+
+    sys.settrace(entered)
+    try:
+        return run(), lines
+    finally:
+        sys.settrace(None)
+
+
+def forked(work: Callable[[], Any], wall: float) -> Any:
     """What `work` returns in a child process, or a word that says how the child ended."""
     out, into = os.pipe()
     child = os.fork()
@@ -184,7 +230,7 @@ class _Cold:
                 with os.fdopen(requests, "rb") as stream:
                     while True:
                         fields, text = pickle.load(stream)
-                        answer = _forked(partial(_cold_verdict, system, fields, text), 600.0)
+                        answer = forked(partial(_cold_verdict, system, fields, text), 600.0)
                         os.write(replies, (json.dumps(answer) + "\n").encode())
             finally:
                 os._exit(0)
@@ -218,7 +264,7 @@ def _cold_verdict(system: str, fields: dict[str, Any], text: str) -> str:
 class Judge:
     """Verdicts on mutants of one system."""
 
-    def __init__(self, units: list[Unit], at_import: set[Place], sources: dict[str, str], cold: _Cold) -> None:
+    def __init__(self, units: list[Unit], at_import: set[Place], sources: dict[str, str], cold: _Cold | None) -> None:
         self.cold = cold
         self.units = units
         self.at_import = at_import
@@ -228,7 +274,7 @@ class Judge:
 
     def baseline(self) -> list[str]:
         """Run everything without a mutant, in a child; times and lines come back. Returns the failing ones."""
-        answer = _forked(self._measure, 3600.0)
+        answer = forked(self._measure, 3600.0)
         if not isinstance(answer, list):
             return [f"the run without a mutant ended: {answer}"]
         failed = []
@@ -245,34 +291,7 @@ class Judge:
             begin = time.process_time()
             bad = unit.run()
             seconds = time.process_time() - begin
-            lines: set[tuple[str, int]] = set()
-            if not bad:
-                wanted: dict[CodeType, set[int]] = {}
-
-                def local(frame: FrameType, event: str, _arg: Any, lines: Any = lines, wanted: Any = wanted) -> Any:
-                    if event == "line":
-                        code = frame.f_code
-                        lines.add((code.co_filename, frame.f_lineno))
-                        left = wanted[code]
-                        left.discard(frame.f_lineno)
-                        if not left:
-                            frame.f_trace_lines = False
-                    return local
-
-                def entered(frame: FrameType, _event: str, _argument: Any, wanted: Any = wanted) -> Any:
-                    code = frame.f_code
-                    if not code.co_filename.startswith(WATCHED):
-                        return None
-                    if code not in wanted:
-                        wanted[code] = {line for _, _, line in code.co_lines() if line is not None}
-                    return local if wanted[code] else None
-
-                sys.settrace(entered)
-                try:
-                    unit.run()
-                finally:
-                    sys.settrace(None)
-            answers.append((bad, seconds, lines))
+            answers.append((bad, seconds, set() if bad else lines_of(unit.run)[1]))
         return answers
 
     def exchange(self, original: CodeType, changed: CodeType) -> list[tuple[FunctionType, CodeType]] | None:
@@ -307,6 +326,7 @@ class Judge:
             return "equivalent", "same code"
         pairs = self.exchange(original, changed)
         if pairs is None:
+            assert self.cold is not None
             return self.cold.judge(mutant, self.sources[mutant.path])
         name = str(ROOT / mutant.path)
         touched = {(name, line) for line in lines}
@@ -329,7 +349,7 @@ class Judge:
                     return number
             return -1
 
-        answer = _forked(work, 600.0)
+        answer = forked(work, 600.0)
         if answer == -1:
             return "survived", ""
         if isinstance(answer, int):
@@ -360,7 +380,7 @@ class _Plugin:
     """Takes over where pytest would run what it collected."""
 
     def __init__(
-        self, request: dict[str, Any], units: list[Unit], loading: _Loading, sources: dict[str, str], cold: _Cold
+        self, request: dict[str, Any], units: list[Unit], loading: Loading, sources: dict[str, str], cold: _Cold
     ) -> None:
         self.request, self.units, self.loading, self.sources, self.cold = request, units, loading, sources, cold
 
@@ -401,12 +421,11 @@ def main() -> None:
     cold = _Cold(request["system"])
     import pytest
 
-    loading = _Loading()
+    loading = Loading()
     with loading.on():
-        units = _scenarios_and_bugs(request["system"])
+        units = _scenarios_and_bugs(request["system"]) + _pinned_units(request["system"])
     options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no", "-c", "/dev/null"]
-    with loading.on():
-        paths = rule_tests(request["system"]) + pinned_tests(request["system"])
+    paths = rule_tests(request["system"])
     plugin = _Plugin(request, units, loading, sources, cold)
     sys.setprofile(loading.note)
     pytest.main([*options, "--rootdir", str(ROOT), *paths], plugins=[plugin])

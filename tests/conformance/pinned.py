@@ -3,8 +3,10 @@
 The scenarios, the seeded bugs and the rule tests say what is right. These runs say only that nothing has changed:
 every finding with all its fields and evidence, every number, every effect of a run goes into one digest, kept in
 `pinned/SYSTEM.txt`. They reach what nobody thought of: unknown beginnings, damaged records, other policies, what-ifs
-with bodies. A digest that differs after a change that should change nothing shows a mistake; after one that should,
-look at the difference (`--show RUN` prints a run in full, before and after), then write the digests anew (`--write`).
+with bodies. Those called *hunted* are few, each there because it tells a changed machine from the original when nothing
+else does (`bench/hunt.py`). A digest that differs after a change that should change nothing shows a mistake; after one
+that should, look at the difference (`--show RUN` prints a run in full, before and after), then write the digests anew
+(`--write`).
 """
 
 from __future__ import annotations
@@ -20,19 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from replay.bodies import Measured
 from replay.declare import Config, UsageError
 from replay.driver import Run, run_machine
-from replay.events import KIND_ID, KINDS, events_from_json
+from replay.events import KIND_ID, KINDS, NIL, NONE, events_from_json
 from replay.scenario import load_scenario
 from replay.sink import Finding
 from replay.systems import SYSTEMS
+from tests.conformance.hunted import stream
 from tests.conformance.pinned_grammar import GRAMMAR, SETTINGS, STEPS, Setting
 from tracetool.replaying import MEASURED_COLUMNS
 from tracetool.seeded import BUGS, Bug
 
-__all__ = ["GROUPS", "PINS", "known_names", "lines", "pinned", "runs", "warm"]
+__all__ = [
+    "GROUPS", "PINS", "add_hunted", "bugs", "known_names", "lines", "measure", "pinned", "recording", "runs", "said",
+    "text", "warm",
+]  # fmt: skip
 
 PINS = Path(__file__).with_name("pinned")
 SCENARIOS = Path(__file__).resolve().parents[2] / "samples" / "scenarios"
@@ -40,12 +47,14 @@ Event = dict[str, Any]
 #: Roles that a what-if is fed with.
 FED = ("stimulus", "context", "response", "marker")
 #: Kinds of runs; each is a test of its own.
-GROUPS = ("scenarios", "seeded", "damaged", "what-ifs", "random", "random-closed")
+GROUPS = ("scenarios", "seeded", "damaged", "what-ifs", "random", "random-closed", "hunted")
 #: Events of a damaged slice and of a random stream; slices of each seeded recording, random streams for each policy.
 SLICE, STREAM, SLICES, STREAMS = 400, 500, 4, 6
 #: What a user has to say for a what-if, and the stimulus that few recorders show.
 ASKED: dict[str, dict[str, int]] = {"callback": {"vector": 0x59}}
 UNSEEN = {"callback": "via.upcall_set"}
+#: What machines read where a column is null.
+NULLS = {"cpu": NONE, "dom": NONE, "vcpu": NONE, "obj": NONE, "tgt": NONE, "val": NIL, "val2": NIL}
 WORDS = tuple(f.name for f in fields(Finding) if f.name not in ("code", "cause"))
 
 
@@ -85,19 +94,19 @@ def _scenarios(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
 
 
 @cache
-def _recording(name: str, bad: bool) -> tuple[Event, ...]:
+def recording(name: str, bad: bool) -> tuple[Event, ...]:
     bug = next(b for b in BUGS if b.name == name)
     return bug.record(bad=bad).events
 
 
 def warm(system: str) -> None:
     """Make the recordings that do not depend on the machines."""
-    for bug in _bugs(system):
+    for bug in bugs(system):
         for bad in (True, False):
-            _recording(bug.name, bad)
+            recording(bug.name, bad)
 
 
-def _bugs(system: str) -> list[Bug]:
+def bugs(system: str) -> list[Bug]:
     return [b for b in BUGS if b.system == system]
 
 
@@ -114,9 +123,9 @@ def _replay(
 
 def _seeded(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
     """The first part of the seeded recordings under the policies of the simulator, whole knowledge and none."""
-    for bug in _bugs(system):
+    for bug in bugs(system):
         for bad in (True, False):
-            events = _recording(bug.name, bad)[: 3 * SLICE]
+            events = recording(bug.name, bad)[: 3 * SLICE]
             for known in (True, False):
                 yield (
                     f"{bug.name} {'bad' if bad else 'good'} {'known' if known else 'unknown'}",
@@ -156,10 +165,10 @@ def _damage(events: Sequence[Event], draw: random.Random) -> list[Event]:
 
 def _damaged(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Slices of seeded recordings, damaged, under every policy."""
-    for bug in _bugs(system):
+    for bug in bugs(system):
         for number in range(SLICES):
             draw = random.Random(number)
-            whole = _recording(bug.name, number % 2 == 0)
+            whole = recording(bug.name, number % 2 == 0)
             start = 0 if number == 0 else draw.randrange(max(1, len(whole) - SLICE))
             events = _damage(whole[start : start + SLICE], draw)
             for policy in SYSTEMS[system].policies:
@@ -171,12 +180,10 @@ def _damaged(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
                 )
 
 
-def _what_if(system: str, policy: str, events: Sequence[Event], sub: str, config: Any) -> Run:
-    """As from the command line: measured in the recording, its stimuli replayed."""
+def measure(system: str, events: Sequence[Event], config: Any) -> tuple[Measured, frozenset[str], dict[str, Any]]:
+    """What a what-if takes from a recording: measured values, the kinds that are fed, both in words."""
     s = SYSTEMS[system]
-    observed = frozenset(e["kind"] for e in events)
-    table = events_from_json(events)
-    whole = pl.from_arrow(table.select(list(MEASURED_COLUMNS)))
+    whole = pl.from_arrow(events_from_json(events).select(list(MEASURED_COLUMNS)))
     assert isinstance(whole, pl.DataFrame)
     frame = whole.with_columns(pl.col("kind").cast(pl.String))
 
@@ -184,32 +191,43 @@ def _what_if(system: str, policy: str, events: Sequence[Event], sub: str, config
         some = frame.filter(pl.col("kind").is_in(list(kinds)))
         return (some if limit is None else some.head(limit)).with_columns(pl.col("seq").set_sorted())
 
+    observed = frozenset(e["kind"] for e in events)
     measured = s.measure(read, Config(s.parameters, config), observed) if s.measure else Measured()
     fed = s.stimuli or tuple(k for k in s.kinds if KINDS[KIND_ID[k]].role in FED)
-    stimuli = table.filter(pl.Series(frame["kind"].is_in(list(fed))).to_arrow())
-    run = run_machine(
-        s, policy, [stimuli], config=Config(s.parameters, {**measured.values, **config}), closed=True,
-        sub=sub or ("retimed" if s.measure else ""), t_end=events[-1]["t"] + 1_000_000, from_boot=False,
-        observed=observed, measured=measured,
-    )  # fmt: skip
-    run.extra["measured"] = [
-        {"what": f"{w} {getattr(measured, w)}"} for w in ("values", "init", "assumptions", "blind", "undecided",
-                                                           "reach_ns", "inferred", "only")
-    ]  # fmt: skip
+    words = ("values", "init", "assumptions", "blind", "undecided", "reach_ns", "inferred", "only")
+    told = {"measured": [{"what": f"{w} {getattr(measured, w)}"} for w in words]}
     if s.effect is not None:
-        seen = [dict(e) for e in frame.filter(pl.col("kind").is_in(list(s.outcomes))).head(20).iter_rows(named=True)]
-        run.extra["effects"] = [{"what": f"{w} {s.effect_words(w)} {s.effect_fields(w)} {s.effect_object(w)}"}
-                                for w in (s.effect(e) for e in seen)]  # fmt: skip
+        some = frame.filter(pl.col("kind").is_in(list(s.outcomes))).head(20)
+        seen: list[dict[str, Any]] = [
+            {k: NULLS.get(k) if v is None else v for k, v in e.items()} for e in some.iter_rows(named=True)
+        ]
+        told["effects"] = [{"what": f"{w} {s.effect_words(w)} {s.effect_fields(w)} {s.effect_object(w)}"}
+                           for w in (s.effect(e) for e in seen)]  # fmt: skip
+    return measured, frozenset(fed), told
+
+
+def _what_if(system: str, policy: str, events: Sequence[Event], sub: str, config: Any) -> Run:
+    """As from the command line: measured in the recording, its stimuli replayed."""
+    s = SYSTEMS[system]
+    measured, fed, told = measure(system, events, config)
+    table = events_from_json(events)
+    run = run_machine(
+        s, policy, [table.filter(pa.array([e["kind"] in fed for e in events]))],
+        config=Config(s.parameters, {**measured.values, **config}), closed=True,
+        sub=sub or ("retimed" if s.measure else ""), t_end=events[-1]["t"] + 1_000_000, from_boot=False,
+        observed=frozenset(e["kind"] for e in events), measured=measured,
+    )  # fmt: skip
+    run.extra.update(told)
     return run
 
 
 def _what_ifs(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Seeded recordings, whole and damaged, under every policy, with the bodies and lags that were measured in them."""
-    for bug in _bugs(system):
+    for bug in bugs(system):
         if bug.sub:
             continue
         for bad in (True, False):
-            whole = _recording(bug.name, bad)[: 3 * SLICE]
+            whole = recording(bug.name, bad)[: 3 * SLICE]
             blind = [e for e in whole if e["kind"] != UNSEEN.get(system, "")]
             for name, events, more in (
                 ("whole", whole, ASKED.get(system, {})),
@@ -275,12 +293,27 @@ def _random_run(system: str, policy: str, number: int, closed: bool, known: bool
     )  # fmt: skip
 
 
+def _hunted(system: str) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """The streams that have pins."""
+    for one in pinned(system, "hunted"):
+        name = one.partition(", ")[2].partition(":")[0]
+        yield name, partial(_stream_of, system, name)
+
+
+def _stream_of(system: str, name: str) -> Run:
+    flavour, number = name.split()
+    return stream(system, flavour, int(number))
+
+
 def runs(system: str, group: str) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Names of runs and how to make them."""
     if group == "random-closed":
         yield from _random(system, closed=True)
         return
-    makers = {"scenarios": _scenarios, "seeded": _seeded, "damaged": _damaged, "what-ifs": _what_ifs, "random": _random}
+    makers = {
+        "scenarios": _scenarios, "seeded": _seeded, "damaged": _damaged, "what-ifs": _what_ifs, "random": _random,
+        "hunted": _hunted,
+    }  # fmt: skip
     yield from makers[group](system)
 
 
@@ -296,16 +329,29 @@ def line(name: str, run: Run, known: frozenset[str] | None) -> str:
 
 def lines(system: str, group: str, known: frozenset[str] | None, names: set[str] | None = None) -> list[str]:
     """The pins as they are now. `names` collects what numbers and tables are called."""
-    said = []
-    for name, make in runs(system, group):
-        try:
-            run = make()
-            said.append(line(f"{group}, {name}", run, known))
-            if names is not None:
-                names.update(n.partition(".")[0] for n in (*run.metrics, *run.extra, "suppressed"))
-        except UsageError as error:
-            said.append(f"{group}, {name}: refused, {error}")
-    return said
+    return [said(f"{group}, {name}", make, known, names) for name, make in runs(system, group)]
+
+
+def said(name: str, make: Callable[[], Run], known: frozenset[str] | None, names: set[str] | None = None) -> str:
+    """The pin of one run as it is now."""
+    try:
+        run = make()
+    except UsageError as error:
+        return f"{name}: refused, {error}"
+    if names is not None:
+        names.update(n.partition(".")[0] for n in (*run.metrics, *run.extra, "suppressed"))
+    return line(name, run, known)
+
+
+def add_hunted(system: str, streams: Sequence[str]) -> int:
+    """Make pins of streams ("FLAVOUR NUMBER") that have none; returns how many."""
+    before = _written(system)
+    known = known_names(system)
+    have = {one.partition(":")[0] for one in before}
+    new = [f"hunted, {one}" for one in streams if f"hunted, {one}" not in have]
+    made = [said(name, partial(_stream_of, system, name.partition(", ")[2]), known) for name in new]
+    (PINS / f"{system}.txt").write_text("\n".join([*before, *made]) + "\n", encoding="utf-8")
+    return len(new)
 
 
 def pinned(system: str, group: str) -> list[str]:
