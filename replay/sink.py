@@ -119,6 +119,12 @@ class Sink:
         self.suppressed[key] = self.suppressed.get(key, 0) + 1
         return False
 
+    def spared(self, code: Code, severity: str = "") -> bool:
+        """Whether one more finding would only be counted, which is done then: no words need be found for it."""
+        if (code.name, severity or code.severity) in self.full and (code.closed or not self.closed):
+            return not self.keeps(code, severity or code.severity)
+        return False
+
     def settle(self) -> None:
         """Have severities lowered that have to be; then let go what is too much. So at most twice `keep` are held."""
         if self.doubt is not None:

@@ -308,6 +308,8 @@ class RecordedBroadcast(Machine):
                 self.missed(p, self.now, seq)
         elif by_hpet and lateness < -(self.slop_ns + 2_000):
             self.early += 1
+            if self.sink.spared(codes.EARLY_WAKEUP):
+                return
             self.sink.report(
                 codes.EARLY_WAKEUP, self.now, cpu=p.index, val=lateness, seq=seq, conf=INFERRED,
                 expected="sleep until the deadline", observed=f"woken {span(-lateness)} before",
@@ -346,11 +348,13 @@ class RecordedBroadcast(Machine):
         """A5: the channel's interrupt is pointed at a CPU, its owner from now on."""
         if ch.target not in (NONE, target):
             self.retargets += 1
-            self.sink.report(
-                codes.RETARGET, self.now, cpu=by, obj=ch.index, tgt=target, val=ch.target, seq=seq, conf=80,
-                severity="" if self.policy.moves_interrupt else "error",
-                expected="", observed=f"pointed from cpu {ch.target} to cpu {target} by cpu {by}",
-            )  # fmt: skip
+            severity = "" if self.policy.moves_interrupt else "error"
+            if not self.sink.spared(codes.RETARGET, severity):
+                self.sink.report(
+                    codes.RETARGET, self.now, cpu=by, obj=ch.index, tgt=target, val=ch.target, seq=seq, conf=80,
+                    severity=severity, expected="",
+                    observed=f"pointed from cpu {ch.target} to cpu {target} by cpu {by}",
+                )  # fmt: skip
         ch.target = target
         ch.moved_at = self.now
         ch.moved_seq = seq

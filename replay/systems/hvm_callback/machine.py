@@ -257,7 +257,7 @@ class CallbackMachine(Machine):
                 d = self.domain(dom)
             self.seq = seq
             if kind == VMENTRY:
-                u = d.vcpu(v)
+                u = d.vcpus.get(v) or d.vcpu(v)
                 u.entries_since_eoi += 1
                 u.last_entry_t = t
                 d.vm_entries += 1
