@@ -22,7 +22,9 @@ from parsers.tables import Table
 
 __all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
 
-BATCH = 12 << 20
+#: Bytes of a batch. Every event of a batch costs some calls, however few records it has; memory grows by 7 MiB for
+#: each MiB of this.
+BATCH = 20 << 20
 #: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
 LONGEST = 1 << 20
 #: Zeros after a batch, for what looks beyond a short last line.
@@ -138,9 +140,10 @@ class FtraceTextReader:
     def chunks(self) -> Iterator[Chunk]:
         """The whole recording, in order of its lines."""
         ahead, self._ahead = self._ahead, None
-        while ahead is not None:
+        if ahead is not None:
             yield ahead
-            ahead = next(self._produced, None)
+        del ahead  # a chunk that was given out is not kept while the next one is made
+        yield from self._produced
 
     def _clock(self, first: int) -> ClockModel:
         layout, hz = self._layout, self._options.cpu_hz
@@ -180,7 +183,8 @@ class FtraceTextReader:
                     yield buffer, size, True
                 return
             cut = buffer.rfind(b"\n", 0, size) + 1
-            rest = bytes(buffer[cut:size])
+            with memoryview(buffer) as view:
+                rest = bytes(view[cut:size])
             buffer[cut : cut + SPARE] = bytes(SPARE)
             if len(rest) > LONGEST:
                 tail = self._skip_long(len(rest))
@@ -197,7 +201,7 @@ class FtraceTextReader:
         """Read to the end of an endless line; gives its length."""
         length = seen
         while True:
-            block = self._stream.read(BATCH)
+            block = self._stream.read(LONGEST)
             found = block.find(b"\n")
             if found >= 0:
                 self._stream.seek(found + 1 - len(block), io.SEEK_CUR)
@@ -232,6 +236,7 @@ class FtraceTextReader:
             tables = self._batch(text, size, last)
             if tables or self._gaps:
                 yield self._chunk(tables)
+            del tables
         self._finish()
         if self._notes or self._gaps:
             yield self._chunk({})

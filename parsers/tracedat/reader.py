@@ -111,9 +111,10 @@ class TraceDatReader:
     def chunks(self) -> Iterator[Chunk]:
         """The whole recording, in global order."""
         ahead, self._ahead = self._ahead, None
-        while ahead is not None:
+        if ahead is not None:
             yield ahead
-            ahead = next(self._produced, None)
+        del ahead  # a chunk that was given out is not kept while the next one is made
+        yield from self._produced
 
     def _open_streams(self) -> list[PageStream]:
         head, streams = self._head, []
