@@ -145,10 +145,6 @@ def _say(prepared: Any, light: _Light | None = None) -> str:
         return f"refused: {error}"
 
 
-def _again(path: str, pairs: Any) -> bool:
-    return pairs is None or path.endswith("calibration.py")
-
-
 class Hunt:
     """One system."""
 
@@ -180,7 +176,7 @@ class Hunt:
                     continue
                 pairs = judge.exchange(original, code)
                 touched = {(str(ROOT / path), line) for line in lines}
-                self.prey.append(Prey(mutant, text, touched, pairs, code, _again(path, pairs)))
+                self.prey.append(Prey(mutant, text, touched, pairs, code, path.endswith("calibration.py")))
         self.chosen: list[Stream] = []
         self.wrong: list[str] = []
 
@@ -279,8 +275,9 @@ class Hunt:
         for prey in [p for p in self.prey if not p.killer]:
             self.chosen.sort(key=lambda s: -s.kills)
             known = [s for s in self.chosen if s not in fresh and not prey.tried]
+            # What was measured belongs to the modules that measured it, and not to those loaded anew.
             some = [s for s in (*known, *sorted(fresh, key=lambda s: -s.kills))
-                    if prey.pairs is None or s.lines & prey.lines]  # fmt: skip
+                    if (s.lines & prey.lines if prey.pairs is not None else prey.again or s.prepared.measured is None)]
             found = self.tell(prey, some) if some else -1
             prey.tried += len(some) if found < 0 else 0
             if found >= 0:

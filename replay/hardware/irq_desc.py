@@ -37,14 +37,13 @@ PER_CPU: Final = 1 << 7
 class IrqDesc:
     """Checker's view of one irq: on which cpu its handler runs, and what its handlers returned."""
 
-    __slots__ = ("begin_t", "count", "cpu", "depth", "irq", "max_handler_ns", "per_cpu", "risk_reported", "unhandled")
+    __slots__ = ("begin_t", "count", "cpu", "irq", "max_handler_ns", "per_cpu", "risk_reported", "unhandled")
 
     def __init__(self, irq: int, known: bool) -> None:
         self.irq: int = irq
         self.cpu: int = NONE  # handler seen running here
         self.begin_t: int = 0
         self.per_cpu: int = 0 if known else UNKNOWN
-        self.depth: int = 0
         self.count: int = 0  # returns in the present window of note_interrupt
         self.unhandled: int = 0
         self.risk_reported: bool = False

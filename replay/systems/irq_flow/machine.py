@@ -141,8 +141,6 @@ class IrqFlowMachine(IrqFlowRules):
         """An unmask is recorded. Inside a flow that had masked the port it is the deferred move's doing."""
         if reason > 0:
             self.unmask(irq, reason, cpu)
-            if irq.reasons == 0:
-                irq.masked = 0
         else:
             irq.reasons = 0
             irq.masked = 0
@@ -197,7 +195,7 @@ class IrqFlowMachine(IrqFlowRules):
     def on_end(self, irq: IrqRecord, cpu: int, value: int) -> None:
         """A handler returned. Without a record of its last look, what was raised before it began is consumed, and
         what was raised during its run possibly."""
-        began = irq.inprogress == cpu
+        began = cpu >= 0 and irq.inprogress == cpu
         if began:
             self.handler_time_ns += self.now - irq.begin_t
         if irq.inprogress in (cpu, SOMEWHERE):

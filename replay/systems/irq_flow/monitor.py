@@ -99,7 +99,6 @@ class Monitor:
             evidence=steps,
         )  # fmt: skip
         irq.drop(len(irq.outstanding))
-        irq.quiet_since = INF
 
     # -- transitions -----------------------------------------------------------------------------------------
 
@@ -138,7 +137,6 @@ class Monitor:
         if irq.want != NONE:
             if cpu == irq.want:
                 irq.want = NONE
-                irq.want_gen += 1
             else:
                 irq.begins_after += 1
 
@@ -312,10 +310,7 @@ class DescMonitor:
         desc = self.desc(irq)
         if word != NIL:
             desc.per_cpu = 1 if word & PER_CPU else 0
-        if depth == NIL:
-            return
-        desc.depth = depth
-        if depth < 0 or depth == 0xFFFFFFFF:
+        if depth != NIL and (depth < 0 or depth == 0xFFFFFFFF):
             self.unbalanced(irq, NONE, t, seq, "disable depth below zero")
 
     def movable(self, irq: int) -> None:

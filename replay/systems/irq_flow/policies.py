@@ -113,7 +113,6 @@ class Edge(Policy):
             self.percpu.flow_enter(machine, irq, cpu)
         elif irq.inprogress != NOWHERE or irq.disabled == 1:
             machine.mask(irq, EXPLICIT)
-            irq.desc_masked = 1
             machine.ack(irq, cpu)
             self.on_inprogress(machine, irq, cpu)
         else:
@@ -123,8 +122,7 @@ class Edge(Policy):
 
     def run(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
         """One turn of the handler loop."""
-        if irq.irqs_pending == 1 and irq.desc_masked == 1 and irq.disabled != 1:
-            irq.desc_masked = 0
+        if irq.irqs_pending == 1 and irq.disabled != 1:  # masked when the edge was remembered
             machine.unmask(irq, EXPLICIT, cpu)
         irq.irqs_pending = 0
         machine.begin(irq, cpu)

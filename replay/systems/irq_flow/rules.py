@@ -114,7 +114,6 @@ class IrqFlowRules(Machine):
         if irq.post() == 1:
             self.coalesced += 1
             return
-        irq.pend_t = self.now
         irq.quiet_since = INF
         if self.closed and irq.masked == 0:
             self.notify(irq, self.seq)
@@ -264,7 +263,6 @@ class IrqFlowRules(Machine):
     def enable(self, irq: IrqRecord, cpu: int) -> None:
         """enable_irq: an edge remembered while disabled is sent again (check_irq_resend), then unmask."""
         irq.disabled = 0
-        irq.desc_masked = 0
         if irq.irqs_pending == 1 and irq.inprogress == NOWHERE:
             irq.irqs_pending = 0
             if irq.post() != 1:

@@ -31,10 +31,10 @@ class IrqRecord(PortBits):
 
     __slots__ = (
         "acks", "ahead", "backoff_until", "begin_cpu", "begin_t", "begins_after", "bound", "consume_seen",
-        "consumed", "desc_masked", "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_after",
+        "consumed", "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_after",
         "eoi_due", "eoi_gen", "eoi_owed", "eoi_spurious", "first_run", "inprogress", "irq", "irqs_pending",
         "is_active", "lateeoi_t", "mask_since", "mask_t", "masked_gen", "masked_ns", "masked_reported",
-        "move_to", "none_count", "none_start", "outstanding", "pend_t", "per_cpu", "posted", "quiet_gen",
+        "move_to", "none_count", "none_start", "outstanding", "per_cpu", "posted", "quiet_gen",
         "quiet_since", "raise_seqs", "raises_known", "reasons", "running", "spurious_cnt", "type",
         "virq_global", "want", "want_gen",
     )  # fmt: skip
@@ -49,7 +49,6 @@ class IrqRecord(PortBits):
         self.running: int = 0  # handler bodies running, also of flows without INPROGRESS
         self.entering: int = NONE  # cpu inside the flow, between ack and handler
         self.irqs_pending: int = blank
-        self.desc_masked: int = blank
         self.disabled: int = blank
         self.move_to: int = NONE
         self.is_active: int = blank
@@ -74,7 +73,6 @@ class IrqRecord(PortBits):
         self.consume_seen: bool = False
         self.consumed: bool = False  # in the present run
         self.first_run: bool = True
-        self.pend_t: int = NIL
         self.begin_t: int = NIL
         self.begin_cpu: int = NONE
         self.end_t: int = NIL
@@ -121,7 +119,7 @@ class IrqRecord(PortBits):
         self.bound = NONE
         self.inprogress = SOMEWHERE
         self.entering = NONE
-        self.irqs_pending = self.desc_masked = self.disabled = self.is_active = UNKNOWN
+        self.irqs_pending = self.disabled = self.is_active = UNKNOWN
         self.eoi_owed = 0
         self.move_to = NONE
         self.want = NONE
@@ -132,8 +130,5 @@ class IrqRecord(PortBits):
         self.mask_since = INF
         self.quiet_since = INF
         self.eoi_gen += 1
-        self.masked_gen += 1
-        self.quiet_gen += 1
-        self.want_gen += 1
         self.backoff_until = NIL
         self.none_start = NIL
