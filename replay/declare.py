@@ -107,6 +107,8 @@ class System:
     effect_fields: Callable[[int], Mapping[str, int]] = lambda what: {}  # cpu, dom, vcpu, obj of a finding about it
     #: Parameters that change a stimulus: they hold in what-if runs, never in the run that is calibrated.
     changes: tuple[str, ...] = ()
+    #: Metrics whose zero is worth telling, and the rule that must see something for that.
+    zeros: Mapping[str, str] = field(default_factory=dict)
     #: Why a recording without findings is not clean all the same, from the metrics; "": nothing speaks against it.
     doubt: Callable[[Mapping[str, int], Config], str] = lambda metrics, config: ""
 

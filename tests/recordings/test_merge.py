@@ -19,6 +19,7 @@ from tests.shared import SAMPLES, shared_path
 from tracetool import align, cli
 from tracetool.ingest import Ingested, IngestOptions, ingest, parse_offset
 from tracetool.replaying import Settings, choose, replay_dataset
+from tracetool.report import console
 from tracetool.store import Dataset
 from tracetool.streams import merged
 
@@ -266,6 +267,8 @@ def test_a_healthy_callback_raises_nothing_and_the_2008_code_would_have(estimate
     assert recorded["metrics"]["callback_eois"] == 807
     assert recorded["metrics"]["handlers"] == 661
     assert "spurious_injections" not in recorded["metrics"] or recorded["metrics"]["spurious_injections"] == 0
+    text = " ".join(console.render([recorded], estimated.manifest).plain.split())
+    assert "none: spurious_injections, storm_max, unmatched_injections, repeated_injections" in text
     runs = {}
     for policy in ("current", "proposed", "applied"):
         settings_ = Settings((choose(f"callback={policy}"),), ("callback",), {"callback": {"rte_dest_vcpu": 1}})

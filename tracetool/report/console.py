@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rich.text import Text
 
+from replay.systems import SYSTEMS
 from tracetool.report import recorded, stories, verdict
 from tracetool.report.text import story_lines
 from tracetool.report.words import Times, clean, count, lines, number, plural, where
@@ -89,7 +90,9 @@ def _run(run: Mapping[str, Any], times: Times) -> list[Text]:
     out += map(_line, lockstep_lines(run["metrics"]))
     plain = {k: v for k, v in run["metrics"].items() if "." not in k}
     metrics = [f"{k}={number(v)}" for k, v in plain.items() if v]
-    none = [k for k, v in plain.items() if not v]
+    unseen = {r["rule"] for r in run["coverage"] if r["state"] == "blind"}
+    zeros = SYSTEMS[run["system"]].zeros.items() if run["mode"] == "verify" else ()
+    none = [k for k, rule in zeros if plain.get(k) == 0 and rule not in unseen]
     if metrics or none:
         words = "  ".join([*metrics, *([f"none: {', '.join(none)}"] if none else [])])
         out += [_line((x, "dim")) for x in lines(words, WIDTH, indent="  ", first="  ")]

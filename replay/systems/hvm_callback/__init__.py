@@ -56,4 +56,11 @@ SYSTEM = System(
     effect_object=effect_object,
     effect_fields=effect_fields,
     changes=("route_vcpu",),
+    zeros={
+        "spurious_injections": "via-spurious-inject",
+        "storm_max": "via-inject-storm",
+        "unmatched_injections": "via-spurious-inject",
+        "repeated_injections": "via-spurious-inject",
+        "eois_unmatched": "via-eoi-unmatched",
+    },
 )
