@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bench.mutate import FOLDERS, Mutant, Text, changed, files_of, install, mutants_in, mutants_of, reasons
+from bench.mutate import FOLDERS, Mutant, Reasons, Text, changed, files_of, install, mutants_in, mutants_of
 from bench.mutation_judge import MEMORY, Judge, Loading, forked, lines_of
 
 __all__ = ["main"]
@@ -164,7 +164,7 @@ class Hunt:
         sources = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for s, p in files_of() if s == system}
         judge = Judge([], loading.ran, sources, None)
         self.prey: list[Prey] = []
-        listed = reasons()
+        reasons = Reasons()
         for path, source in sources.items():
             if texts is None:
                 mutants = mutants_of(system, ROOT / path)
@@ -172,7 +172,7 @@ class Hunt:
                 mutants = mutants_in(system, ROOT / path, {(t.inside, t.original) for p, t in texts if p == path})
             for mutant in mutants:
                 original, code, lines, text = changed(mutant, source)
-                if code == original or (texts is not None and (path, text) not in texts) or (path, text) in listed:
+                if code == original or (texts is not None and (path, text) not in texts) or reasons.get(path, text):
                     continue
                 pairs = judge.exchange(original, code)
                 touched = {(str(ROOT / path), line) for line in lines}

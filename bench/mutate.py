@@ -16,6 +16,7 @@ import ast
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "Mutant", "Text", "changed", "compiled", "described", "files_of", "install", "judge", "listed", "mutants_in",
-    "mutants_of", "notices", "reasons", "run_sample", "score_text",
+    "Mutant", "Reasons", "Text", "changed", "compiled", "described", "files_of", "install", "judge", "listed",
+    "mutants_in", "mutants_of", "notices", "run_sample", "score_text",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,16 +290,32 @@ def described(mutant: Mutant) -> Text:
     return Text(mutator.inside, mutator.before, mutator.after())
 
 
-def listed() -> list[dict[str, Any]]:
-    """Entries of `equivalent_mutants.toml`: file, in, original, mutated, reason."""
+def listed(kind: str = "mutant") -> list[dict[str, Any]]:
+    """Entries of `equivalent_mutants.toml`: file, in, original, mutated, reason. Of kind `mutant` they are texts, of
+    kind `pattern` regular expressions for the whole of each; what is left out matches everything."""
     if not EQUIVALENT.exists():
         return []
-    entries: list[dict[str, Any]] = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get("mutant", [])
+    entries: list[dict[str, Any]] = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get(kind, [])
     return entries
 
 
-def reasons() -> dict[tuple[str, Text], str]:
-    return {(e["file"], Text(e["in"], e["original"], e["mutated"])): e["reason"] for e in listed()}
+class Reasons:
+    """Why mutants are equivalent: entries of one mutant, and patterns (regular expressions) of several."""
+
+    def __init__(self) -> None:
+        self.exact = {(e["file"], Text(e["in"], e["original"], e["mutated"])): e["reason"] for e in listed()}
+        self.patterns = [([re.compile(e.get(w, ".*"), re.DOTALL) for w in ("file", "in", "original", "mutated")],
+                          e["reason"]) for e in listed("pattern")]  # fmt: skip
+
+    def get(self, path: str, text: Text) -> str:
+        """The reason, "" if there is none."""
+        if (path, text) in self.exact:
+            return str(self.exact[path, text])
+        words = (path, *astuple(text))
+        for patterns, reason in self.patterns:
+            if all(p.fullmatch(w) for p, w in zip(patterns, words, strict=True)):
+                return str(reason)
+        return ""
 
 
 # -- inside the process of one mutant --------------------------------------------------------------------------------
@@ -417,7 +434,7 @@ def run_sample(
         everything = [m for m in everything if only in names[m] and not (skip and skip in names[m])]
     everything = random.Random(seed).sample(everything, len(everything))[:count]
     results: list[dict[str, Any]] = []
-    known = reasons()
+    known = Reasons()
     keys = ("path", "inside", "original", "mutated")
     # A text that occurs twice in a function is judged again.
     often = Counter(tuple(r[k] for k in keys) for r in before)
@@ -440,7 +457,7 @@ def run_sample(
                 continue
             mutant, verdict, by = mutants[message["number"]], message["verdict"], message["by"]
             text = texts[mutant]
-            reason = known.get((mutant.path, text))
+            reason = known.get(mutant.path, text)
             if reason and verdict == "survived":
                 verdict, by = "equivalent", f"listed: {reason}"
             if reason and verdict == "caught":

@@ -274,6 +274,21 @@ def _narrow(system: str, draw: random.Random, closed: bool = False) -> Stream:
     return _whole(system, policy, events, config, draw, closed=closed, sub=setting.sub, init=init)
 
 
+def _clean(system: str, draw: random.Random, closed: bool = False) -> Stream:
+    """Few things that happen where everything is seen from the beginning: what is wrong shows."""
+    setting, policy = _setting(system, draw)
+    config = _config(system, setting.config, draw, closed, draw.choice((0.0, 0.3)))
+    name = setting.phrases or system
+    own = GRAMMAR.get(f"{name}-clean")
+    phrases = own if own and draw.random() < 0.8 else (*GRAMMAR[name], *GRAMMAR.get(f"{name}-more", ()))
+    chosen = _swarm(draw.sample(phrases, min(draw.randint(1, 4), len(phrases))), draw)
+    events = _spoken(chosen, _steps(system, config, draw), int(4 * 12 ** draw.random()), draw)
+    init = draw.choice((setting.init, *STATES.get(system, ()))) if draw.random() < 0.3 else setting.init
+    one = _whole(system, policy, events, config, draw, closed=closed, sub=setting.sub, init=init)
+    one.boot, one.shown = True, None
+    return one
+
+
 def _scenario(system: str, draw: random.Random) -> Stream:
     """Events of scenarios one after the other, twisted."""
     first = draw.choice(_scenarios(system))
@@ -346,6 +361,8 @@ FLAVOURS: Final[dict[str, Callable[[str, random.Random], Stream]]] = {
     "grammar-closed": partial(_grammar, closed=True),
     "narrow": _narrow,
     "narrow-closed": partial(_narrow, closed=True),
+    "clean": _clean,
+    "clean-closed": partial(_clean, closed=True),
     "scenario": _scenario,
     "recorded": _recorded,
     "recorded-closed": partial(_recorded, closed=True),
@@ -353,7 +370,7 @@ FLAVOURS: Final[dict[str, Callable[[str, random.Random], Stream]]] = {
 }
 
 
-NO_BUGS: Final = ("grammar", "grammar-closed", "narrow", "narrow-closed", "scenario")
+NO_BUGS: Final = ("grammar", "grammar-closed", "narrow", "narrow-closed", "clean", "clean-closed", "scenario")
 
 
 def flavours(system: str) -> tuple[str, ...]:

@@ -134,8 +134,6 @@ class IrqFlowMachine(IrqFlowRules):
             irq.quiet_since = INF
         elif irq.inprogress != SOMEWHERE:
             self.policy.on_inprogress(self, irq, cpu)
-        if self.policy.owes_eoi:
-            irq.is_active = 1
 
     def on_unmask(self, irq: IrqRecord, cpu: int, reason: int) -> None:
         """An unmask is recorded. Inside a flow that had masked the port it is the deferred move's doing."""

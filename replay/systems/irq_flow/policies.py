@@ -168,9 +168,6 @@ class Fasteoi(Policy):
         """Masked from here to eoi, so the handler cannot be found running."""
         machine.mask(irq, EOI_PENDING)
         machine.clear(irq)
-        if irq.inprogress != NOWHERE:
-            machine.unmask(irq, EOI_PENDING, cpu)
-            return
         irq.inprogress = cpu
         machine.begin(irq, cpu)
 

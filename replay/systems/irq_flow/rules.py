@@ -152,7 +152,7 @@ class IrqFlowRules(Machine):
 
     def upcall(self, irq: IrqRecord, cpu: int) -> None:
         """cpu's scan looks at the port: ready and bound here, or nothing to do (S5 E2)."""
-        if self.policy.serialised and self.busy_until.get(cpu, 0) > self.now:
+        if self.policy.serialised and self.busy_until.get(cpu, NIL) > self.now:
             self.agenda.at(self.busy_until[cpu], UPCALL, DO_UPCALL, irq.irq, cpu)
             return
         irq.posted -= 1
