@@ -133,6 +133,8 @@ def detect(line: bytes, layouts: tuple[Layout, ...] = LAYOUTS) -> tuple[Layout, 
 HEAD = re.compile(rb"(.{16})-(\d{1,10}) +(?:\(([ \d-]{5,7})\) )?\[(\d{3,5})\]", re.S)
 #: A layout learned from a line: so many are kept, and so many lines must be left for another to be learned.
 MOST_TEMPLATES, FEWEST_LINES = 8, 64
+#: Bytes before the colon behind the time, at most; lines are read beyond their end, but no farther than the spare bytes.
+WIDEST = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class Fast:
         if layout.name not in ("kernel", "report") or match.end("comm") != 16 or match.start("comm"):
             return None
         stamp = match["ts"]
-        if groups.get("src") or len(stamp) > 16:
+        if groups.get("src") or len(stamp) > 16 or match.end("ts") > WIDEST:
             return None
         dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
         flags = len(match["flags"]) if groups.get("flags") else 0
@@ -194,26 +196,30 @@ class Lines:
 def fixed_columns(data: Array, starts: Array, ends: Array, rows: Array, fast: Fast) -> tuple[Lines | None, Array]:
     """Records among the lines `rows` of [starts, ends) that obey `fast`, and the lines that do not."""
     begin, width = starts[rows], fast.colon + 2
+    if not rows.size:
+        return None, rows
+    text, at = Text(data).beginnings(begin, width)
     fits = ends[rows] - begin > width
-    fits &= Text(data).fits(begin, width, fast.literals())
+    fits &= text.fits(at, fast.literals())
     if not fits.any():
         return None, rows
-    text, begin = Text(data), begin if fits.all() else begin[fits]
+    if not fits.all():
+        begin, at = begin[fits], at[fits]
     fine = np.ones(begin.size, dtype=bool)
-    head, raw = _encoded(data, begin, fast.head)
+    head, raw = _encoded(text.data, at, fast.head)
     heads = [HEAD.fullmatch(value) for value in raw]
     sane = [m is not None and int(m[2]) <= 0x7FFFFFFF and int(m[4]) <= 0xFFFF for m in heads]
     fine &= np.array(sane, dtype=bool)[head]
     word, words = np.zeros(0, dtype=np.int32), list[bytes]()
     if fast.flags:
-        word, words = _encoded(data, begin + fast.head + 1, fast.flags)
+        word, words = _encoded(text.data, at + fast.head + 1, fast.flags)
         fine &= np.array([WORD.fullmatch(value) is not None for value in words], dtype=bool)[word]
     whole = fast.colon - fast.dot - 1 if fast.dot else fast.colon
-    stamp, valid = text.fixed(begin + fast.after, whole - fast.after)
+    stamp, valid = text.fixed(at + fast.after, whole - fast.after)
     fine &= valid
     if fast.dot:
-        part, valid = text.fixed(begin + (whole + 1), fast.dot)
-        fine &= valid & (data[begin + (whole + 1)] != 32)
+        part, valid = text.fixed(at + (whole + 1), fast.dot)
+        fine &= valid & (text.data[at + (whole + 1)] != 32)
         stamp = stamp * np.uint64(10**fast.dot) + part
     good = [match for match in heads if match is not None]
     if len(good) < len(heads):
@@ -232,11 +238,12 @@ def named(data: Array, starts: Array, templates: list[Fast], only: frozenset[str
     """Which lines may show one of the events `only`: those that fit no template, and those with such a name."""
     kept = np.ones(starts.size, dtype=bool)
     rows = np.arange(starts.size)
-    words = Text(data).words
     for fast in templates:
-        begin = starts if rows.size == starts.size else starts[rows]
-        fits = Text(data).fits(begin, fast.colon + 2, fast.literals())
-        start = words[np.minimum(begin + (fast.colon + 2), words.size - 1)]
+        if not rows.size:
+            break
+        text, at = Text(data).beginnings(starts if rows.size == starts.size else starts[rows], fast.colon + 10)
+        fits = text.fits(at, fast.literals())
+        start = text.words[at + (fast.colon + 2)]
         # --ts-diff puts "(+12) " before the name
         wanted = (start & np.uint64(255)) == 40 if fast.layout.pads else np.zeros(rows.size, dtype=bool)
         for text in {(name.encode() + b":")[:8] for name in only}:

@@ -62,12 +62,37 @@ def _eight_hex(word: Array) -> tuple[Array, Array]:
     return ((digit << U64(16)) | (digit >> U64(32))) & U64(0x00000000FFFFFFFF), good
 
 
+def _windows(literals: list[tuple[int, bytes]]) -> list[tuple[int, np.uint64, np.uint64]]:
+    """Literals with their places as words to look at: (place, mask, value); as few as do."""
+    letters = {place + number: letter for place, literal in literals for number, letter in enumerate(literal)}
+    found: list[tuple[int, np.uint64, np.uint64]] = []
+    done = -1
+    for place in sorted(letters):
+        if place > done:
+            inside = [letters.get(place + number) for number in range(8)]
+            mask = bytes(0 if letter is None else 255 for letter in inside)
+            value = bytes(letter or 0 for letter in inside)
+            found.append((place, U64(int.from_bytes(mask, "little")), U64(int.from_bytes(value, "little"))))
+            done = place + 7
+    return found
+
+
 class Text:
     """Bytes of a batch; they must have 8 spare bytes before the first and after the last position asked for."""
 
     def __init__(self, data: Array) -> None:
         self.data = data
         self.words = np.ndarray((len(data) - 8,), dtype="<u8", buffer=data.data, strides=(1,))
+
+    def beginnings(self, at: Array, width: int) -> tuple[Text, Array]:
+        """The `width` bytes (or a few more) at each position side by side, and where each is there.
+
+        Whoever looks at several places of each line is spared as many walks through the whole text.
+        """
+        width = -(-width // 8) * 8
+        items = np.ndarray((self.data.size - width + 1,), f"V{width}", self.data.data, 0, (1,))
+        found = items[np.append(at, at[:1])]  # one more, so that there are spare bytes
+        return Text(found.view(np.uint8)), np.arange(at.size, dtype=np.int64) * width
 
     def has(self, literal: bytes, at: Array) -> Array:
         """Whether `literal` stands at each position."""
@@ -78,19 +103,14 @@ class Text:
             good &= (self.words[at + begin] & mask) == U64(int.from_bytes(part, "little"))
         return good
 
-    def fits(self, at: Array, length: int, literals: list[tuple[int, bytes]]) -> Array:
-        """Which rows of `length` bytes hold all literals, given with their distance from `at`."""
-        width = (length + 7) // 8 * 8
-        mask, value = bytearray(width), bytearray(width)
-        for place, literal in literals:
-            mask[place : place + len(literal)] = b"\xff" * len(literal)
-            value[place : place + len(literal)] = literal
-        if not any(mask):
-            return np.ones(at.size, dtype=bool)
-        items = np.ndarray((self.data.size - width + 1,), f"V{width}", self.data.data, 0, (1,))
-        found = items[at].view("<u8").reshape(at.size, width // 8)
-        wrong = (found ^ np.frombuffer(value, dtype="<u8")) & np.frombuffer(mask, dtype="<u8")
-        return np.asarray(np.bitwise_or.reduce(wrong, axis=1) == 0)
+    def fits(self, at: Array, literals: list[tuple[int, bytes]]) -> Array:
+        """Which positions have all literals, given with their distance from them."""
+        good = np.ones(at.size, dtype=bool)
+        for place, mask, value in _windows(literals):
+            word = self.words[at + place]
+            word &= mask
+            good &= word == value
+        return good
 
     def find(self, letter: int, at: Array, end: Array) -> Array:
         """First position of `letter` at or after `at`; `end` where it does not come before that."""
