@@ -284,6 +284,8 @@ def store_records(
     starts: list[int] = []
     ends: list[int] = []
     cpus: set[int] = set()
+    times: list[Any] = []
+    where: list[Any] = []
     rows = 0
     for chunk in reader.chunks():
         for table_name, table in chunk.tables.items():
@@ -291,13 +293,15 @@ def store_records(
                 continue
             writer.append(table_name, table)
             rows += table.num_rows
-            extremes = pc.min_max(table["t_ns"]).as_py()  # null for records without a stamp
-            if extremes["min"] is not None:
-                starts.append(extremes["min"])
-                ends.append(extremes["max"])
-            cpus.update(c for c in pc.unique(table["cpu"]).to_pylist() if c is not None)
+            times.extend(table["t_ns"].chunks)
+            where.extend(table["cpu"].chunks)
             del table
-        starts, ends = [min(starts)] if starts else [], [max(ends)] if ends else []
+        if times:  # of all tables together: each call costs more than many rows
+            extremes = pc.min_max(pa.chunked_array(times)).as_py()  # null for records without a stamp
+            if extremes["min"] is not None:
+                starts, ends = [min((*starts, extremes["min"]))], [max((*ends, extremes["max"]))]
+            cpus.update(c for c in pc.unique(pa.chunked_array(where)).to_pylist() if c is not None)
+        times, where = [], []
         for gap in chunk.gaps:
             writer.add_gap(gap, source, _ns(reader, gap.t0), _ns(reader, gap.t1))
         for note in chunk.notes:

@@ -45,13 +45,13 @@ FULL_ROWS: Final = 32 << 10
 #: ... with each so many rows of all tables, up to so many times.
 MORE_EVERY, MOST_TIMES = 128 << 20, 3
 #: Bytes of new rows after which it is decided what is written and what waits.
-FRESH_BYTES: Final = 12 << 20
+FRESH_BYTES: Final = 20 << 20
 #: Rows of a row group of canonical events, which are wide.
 EVENT_GROUP: Final = 128 << 10
 #: Canonical events that are handed to a machine at a time.
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
-PENDING_BYTES: Final = 32 << 20
+PENDING_BYTES: Final = 28 << 20
 #: Columns that grow so steadily that nothing is left to compress in their differences.
 STEADY_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq", "origin.offset"})
 #: Columns in which rows are looked for: the file tells their range in each row group.

@@ -67,9 +67,7 @@ def find_records(words: _Words, starts: _Index, ends: _Index) -> tuple[_Index, _
 
 def _steps(words: _Words) -> _Bytes:
     """Length in words of a record that begins at each word."""
-    top = (words >> np.uint32(28)).astype(np.uint8)
-    steps: _Bytes = (top & np.uint8(7)) + (top >> np.uint8(3) << np.uint8(1)) + np.uint8(1)
-    return steps
+    return np.frombuffer(words.astype("<u4", copy=False).view(np.uint8)[3::4].tobytes().translate(STEPS), np.uint8)
 
 
 def _walk(steps: _Bytes, at: _Index, stop: _Index, mark: NDArray[np.bool_] | None) -> _Index:
@@ -81,7 +79,7 @@ def _walk(steps: _Bytes, at: _Index, stop: _Index, mark: NDArray[np.bool_] | Non
         path = np.empty((BLOCK + 1, len(at)), np.int64)
         path[0] = at
         for index in range(BLOCK):
-            np.add(path[index], steps[path[index]], out=path[index + 1])
+            np.add(path[index], steps.take(path[index]), out=path[index + 1])
         at = path[BLOCK]
         arrived = np.flatnonzero(at >= stop)
         if len(arrived):

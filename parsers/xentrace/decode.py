@@ -90,8 +90,8 @@ class _Headers:
 
     def encode(self, head: _Words) -> NDArray[np.uint16]:
         slot = ((head * HASH) >> np.uint32(32 - LUT_BITS)).astype(np.intp)
-        code: NDArray[np.uint16] = self.slot_code[slot]
-        missed = np.flatnonzero(self.slot_header[slot] != head)
+        code: NDArray[np.uint16] = self.slot_code.take(slot)
+        missed = np.flatnonzero(self.slot_header.take(slot) != head)
         if len(missed):
             values = head[missed]
             ids = values & np.uint32(0x0FFFFFFF)
@@ -149,15 +149,15 @@ class Decoder:
     def decode(self, batch: Batch) -> dict[str, pa.Table]:
         """Arrow tables of a batch by event name, rows sorted by `seq`."""
         codes = self._encode(batch)
-        numbers = self.headers.tables[codes]
+        numbers = self.headers.tables.take(codes)
         if batch.chosen is None:
             order = np.argsort(batch.key, kind="stable")
         else:
             order = batch.chosen[np.argsort(batch.key[batch.chosen], kind="stable")]
-        by_table = np.argsort(numbers[order], kind="stable")  # of small integers: a radix sort
-        pick = order[by_table]
+        by_table = np.argsort(numbers.take(order), kind="stable")  # of small integers: a radix sort
+        pick = order.take(by_table)
         rows = _Rows(self, batch, pick, by_table, codes)
-        ends = np.searchsorted(numbers[pick], np.arange(len(_NAMES) + 1, dtype=np.int64)).tolist()
+        ends = np.searchsorted(numbers.take(pick), np.arange(len(_NAMES) + 1, dtype=np.int64)).tolist()
         self.seq += batch.count
         tables: dict[str, pa.Table] = {}
         for number, name in enumerate(_NAMES):
@@ -191,7 +191,7 @@ class Decoder:
         """Code of each record's form; hypercalls whose argument sizes contradict their length become `unknown`."""
         codes = self.headers.encode(batch.head)
         if self.headers.packed.any():
-            rows = np.flatnonzero(self.headers.packed[codes])
+            rows = np.flatnonzero(self.headers.packed.take(codes))
             head = batch.head[rows]
             lengths = (head >> np.uint32(28)) & np.uint32(7)
             place = batch.pos[rows] + 1 + 2 * (head >> np.uint32(31)).astype(np.int64)
@@ -266,48 +266,48 @@ class _Rows:
         self.decoder = decoder
         self.batch = batch
         self.pick = pick
-        self.head = batch.head[pick]
-        self.pos = batch.pos[pick]
+        self.head = batch.head.take(pick)
+        self.pos = batch.pos.take(pick)
         self.event = self.head & np.uint32(0x0FFFFFFF)
         self.seq = by_table.view(np.uint64)
         self.seq += np.uint64(decoder.seq)
-        self.key = batch.key[pick]
+        self.key = batch.key.take(pick)
         self.time = to_time(self.key, decoder.clock)
-        self.cpu = batch.cpu[pick]
-        self.offset = batch.offset[pick]
+        self.cpu = batch.cpu.take(pick)
+        self.offset = batch.offset.take(pick)
         # Only records without a stamp can have an error.
         self.error = np.zeros(len(batch.pos), np.uint32)
         self.known = np.ones(len(batch.pos), np.bool_)
         late = batch.late_ticks
         if decoder.clock.hz is not None:
             late = np.where(late > 0, np.minimum(late * (NS / decoder.clock.hz), 2.0**32 - 1).astype(np.int64), late)
+        self.columns = {
+            "seq": plain(pa.uint64(), self.seq),
+            "t_ns": plain(pa.int64(), self.time),
+            "tsc": plain(pa.uint64(), batch.tsc.take(pick) if len(batch.odd) else self.key),
+            "cpu": plain(pa.uint16(), self.cpu),
+            "offset": plain(pa.uint64(), self.offset),
+            "event": plain(pa.uint32(), self.event),
+        }
         self.error[batch.late] = np.minimum(np.maximum(late, 0), 2**32 - 1).astype(np.uint32)
         self.known[batch.late] = late >= 0
 
     def common(self, part: slice, bare: bool, number: int) -> list[Any]:
         """COMMON and `event`; `bare`: some of these records have no stamp."""
-        batch, key = self.batch, self.key[part]
-        source, error = self.decoder.alike(len(key))
+        batch, rows = self.batch, part.stop - part.start
+        own = {name: column.slice(part.start, rows) for name, column in self.columns.items()}
+        source, error = self.decoder.alike(rows)
         if bare or number in _COLLECTOR:
             pick = self.pick[part]
             known = self.known[pick] & (self.event[part] != CPU_CHANGE)
             error = plain(pa.uint32(), self.error[pick], known)
-        timed = None if batch.untimed is None else ~batch.untimed[self.pick[part]]
+        if batch.untimed is not None:
+            own["t_ns"] = plain(pa.int64(), self.time[part], ~batch.untimed[self.pick[part]])
         if bare:
-            tsc = plain(pa.uint64(), batch.tsc[self.pick[part]], self.head[part] >= STAMPED)
-        else:
-            tsc = plain(pa.uint64(), batch.tsc[self.pick[part]] if len(batch.odd) else key)
-        columns = [
-            plain(pa.uint64(), self.seq[part]),
-            plain(pa.int64(), self.time[part], timed),
-            error,
-            tsc,
-            plain(pa.uint16(), self.cpu[part]),
-            source,
-            plain(pa.uint64(), self.offset[part]),
-        ]
+            own["tsc"] = plain(pa.uint64(), batch.tsc[self.pick[part]], self.head[part] >= STAMPED)
+        columns = [own["seq"], own["t_ns"], error, own["tsc"], own["cpu"], source, own["offset"]]
         assert len(columns) == len(COMMON)
-        return [*columns, plain(pa.uint32(), self.event[part])]
+        return [*columns, own["event"]]
 
 
 def _repeated(rows: int, value: Any) -> Any:

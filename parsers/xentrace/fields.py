@@ -44,7 +44,10 @@ def id_bits(bits: IdBits, head: _Words) -> Any:
 
 
 def gather(layout: Layout, words: _Words, payload: _Index, head: _Words) -> dict[str, Filled]:
-    """The fields of records that all have `layout`; `payload[i]` is the place of record i's first extra word."""
+    """The fields of records that all have `layout`; `payload[i]` is the place of record i's first extra word.
+
+    `take` needs two thirds of the time of an index in brackets.
+    """
     fields, _ = layout_fields(layout.fields)
     if fields and fields[0].kind == "*":
         lengths = (head >> np.uint32(28)) & np.uint32(7)
@@ -58,13 +61,13 @@ def gather(layout: Layout, words: _Words, payload: _Index, head: _Words) -> dict
     for field in fields:
         if field.bits == 64:
             wide = np.empty((len(payload), 2), np.uint32)
-            wide[:, 0] = words[field.word :][payload]
-            wide[:, 1] = words[field.word + 1 :][payload]
+            wide[:, 0] = words[field.word :].take(payload)
+            wide[:, 1] = words[field.word + 1 :].take(payload)
             out[field.name] = (wide.view(np.uint64)[:, 0], None)
             continue
         value = read.get(field.word)
         if value is None:
-            value = read[field.word] = words[field.word :][payload]
+            value = read[field.word] = words[field.word :].take(payload)
         out[field.name] = (_part(field, value), None)
     return out
 

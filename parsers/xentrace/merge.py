@@ -152,7 +152,7 @@ def _cut(
         pos = pos[keep]
         first = np.searchsorted(pos, starts)
         last = np.searchsorted(pos, ends)
-    head = words[pos]
+    head = words.take(pos)
     stamped = head >= np.uint32(0x80000000)
     bare = np.flatnonzero(~stamped)
     tsc = _stamps(words, pos)
@@ -176,7 +176,7 @@ def _cut(
         r0, r1 = int(first[a]), int(last[b - 1])
         if r1 > r0:
             floor = stream.key if stream.key is not None else windows.first_stamp.get(stream.cpu, 0)
-            following = stream.next_stamp[pieces[b - 1].slot + 1]
+            following = stream.next_stamp(pieces[b - 1].slot + 1)
             odd.append(r0 + _keys(tsc[r0:r1], stamped[r0:r1], key[r0:r1], floor, following))
     lead = first[fresh]
     key[lead] = key[lead + 1]
@@ -261,8 +261,8 @@ def _cut(
 def _stamps(words: NDArray[np.uint32], pos: NDArray[np.int64]) -> NDArray[np.uint64]:
     """The two words after each header as one number."""
     wide = np.empty((len(pos), 2), np.uint32)
-    wide[:, 0] = words[1:][pos]
-    wide[:, 1] = words[2:][pos]
+    wide[:, 0] = words[1:].take(pos)
+    wide[:, 1] = words[2:].take(pos)
     return wide.view(np.uint64)[:, 0]
 
 
@@ -330,7 +330,7 @@ def _lateness(
     known = after < end
     gap = (key[np.minimum(after, end - 1)] - own).astype(np.int64)
     if not known.all():
-        following = stream.next_stamp[tail.slot + 1] if tail.whole else None
+        following = stream.next_stamp(tail.slot + 1) if tail.whole else None
         later = -1 if following is None else (np.maximum(np.uint64(following), own) - own).astype(np.int64)
         gap = np.where(known, gap, later)
     if stream.key is None and bare[0] == r0:  # before the CPU's first stamp: nobody knows how much earlier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,17 @@ class Stream:
     """One CPU's windows and how far they have been given out."""
 
     cpu: int
-    windows: list[int]  # indexes into Windows
-    floors: list[int]
-    next_stamp: list[int | None]  # first stamp in the windows from here on
+    windows: array[int]  # indexes into Windows
+    floors: array[int]
+    upcoming: array[int]  # first stamp in the windows from here on, 0: none
     at: int = 0  # next window
     start: int = 0  # first word of it that was not given out
     key: int | None = None  # key of the last record given out
     floor: int | None = None  # exact key of the next record, once known
+
+    def next_stamp(self, slot: int) -> int | None:
+        """The first stamp in the CPU's windows from `slot` on."""
+        return self.upcoming[slot] or None
 
     def head(self) -> tuple[int, int] | None:
         """(no key that follows is lower, CPU), None at the end."""
@@ -69,18 +74,18 @@ def streams_of(windows: Windows) -> dict[int, Stream]:
         cpu = int(windows.cpu[index])
         stream = streams.get(cpu)
         if stream is None:
-            stream = streams[cpu] = Stream(cpu, [], [], [])
+            stream = streams[cpu] = Stream(cpu, array("q"), array("Q"), array("Q"))
         first = int(windows.first[index]) if index not in damaged else 0
         before = stream.floors[-1] if stream.floors else windows.first_stamp.get(cpu, 0)
         stream.windows.append(index)
         # A window that does not begin with a stamp may continue the one before.
         stream.floors.append(max(before, first) if windows.leads[index] else before)
     for stream in streams.values():
-        upcoming: int | None = None
-        stream.next_stamp = [None] * (len(stream.windows) + 1)
+        upcoming = 0
+        stream.upcoming = array("Q", bytes(8 * (len(stream.windows) + 1)))
         for slot in range(len(stream.windows) - 1, -1, -1):
             window = stream.windows[slot]
             first = int(windows.first[window]) if window not in damaged else 0
             upcoming = first or upcoming
-            stream.next_stamp[slot] = upcoming
+            stream.upcoming[slot] = upcoming
     return streams
