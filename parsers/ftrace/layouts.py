@@ -133,7 +133,7 @@ def detect(line: bytes, layouts: tuple[Layout, ...] = LAYOUTS) -> tuple[Layout, 
 HEAD = re.compile(rb"(.{16})-(\d{1,10}) +(?:\(([ \d-]{5,7})\) )?\[(\d{3,5})\]", re.S)
 #: A layout learned from a line: so many are kept, and so many lines must be left for another to be learned.
 MOST_TEMPLATES, FEWEST_LINES = 8, 64
-#: Bytes before the colon behind the time, at most; lines are read beyond their end, but no farther than the spare bytes.
+#: Bytes before the colon behind the time, at most: lines are read beyond their end, but not beyond the spare bytes.
 WIDEST = 96
 
 
@@ -241,9 +241,9 @@ def named(data: Array, starts: Array, templates: list[Fast], only: frozenset[str
     for fast in templates:
         if not rows.size:
             break
-        text, at = Text(data).beginnings(starts if rows.size == starts.size else starts[rows], fast.colon + 10)
-        fits = text.fits(at, fast.literals())
-        start = text.words[at + (fast.colon + 2)]
+        lines, at = Text(data).beginnings(starts if rows.size == starts.size else starts[rows], fast.colon + 10)
+        fits = lines.fits(at, fast.literals())
+        start = lines.words[at + (fast.colon + 2)]
         # --ts-diff puts "(+12) " before the name
         wanted = (start & np.uint64(255)) == 40 if fast.layout.pads else np.zeros(rows.size, dtype=bool)
         for text in {(name.encode() + b":")[:8] for name in only}:
