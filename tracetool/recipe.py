@@ -66,8 +66,9 @@ RECIPES: Final[tuple[Recipe, ...]] = (
     ),
     Recipe(
         "hpet", "linux", "per-CPU HPET channels: handlers, idle, timers",
-        ("trace-cmd record -C x86-tsc -e power:cpu_idle -e irq:irq_handler_entry -e irq:irq_handler_exit "
-         "-e timer:hrtimer_start -e timer:hrtimer_expire_entry -e timer:tick_stop -o linux.dat sleep 10",
+        (*_KPROBES, "trace-cmd record -C x86-tsc -e power:cpu_idle -e irq:irq_handler_entry -e irq:irq_handler_exit "
+         "-e timer:hrtimer_start -e timer:hrtimer_expire_entry -e timer:tick_stop -e tmr -e hpet "
+         "-o linux.dat sleep 10",
          "cat /proc/interrupts > interrupts.txt; cat /proc/timer_list > timer_list.txt"),
         probes=("clockevents_program", "next", "msi_irq"),
         limits="Without the probes a channel's owner is inferred: who takes most of its interrupts. No kernel at hand "
