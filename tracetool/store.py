@@ -338,6 +338,7 @@ class DatasetWriter:
                     writer.append(batch.slice(start, EVENT_GROUP))
                     if writer.pending_rows >= EVENT_GROUP:
                         writer.flush()
+                        _give_back()
                 del batch  # the next one is made before the name is given to it
         finally:
             writer.close()

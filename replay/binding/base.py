@@ -217,6 +217,7 @@ class Assembler:
             return None
         # An event older than what was given out already cannot be put in its place any more.
         frame = pl.concat(parts)
+        del parts
         if frame["t_ns"].null_count():
             # Records without any stamp stand where they stand in their source; how late they really were is unknown.
             frame = frame.sort("src_seq").with_columns(
@@ -233,7 +234,7 @@ class Assembler:
             self.held = None
         else:
             final = frame["t_ns"].search_sorted(until_ns - self.hold_ns, side="left")
-            self.held = frame[int(final) :]
+            self.held = frame.filter(pl.int_range(pl.len()) >= int(final))  # a copy: the rest need not stay for it
             frame = frame[: int(final)]
         if not frame.height:
             return None

@@ -84,12 +84,12 @@ def _batches(
         frames = [*stock, *instrumented.events(lo, hi), *_runstates(forward, lo, hi)]
         if lo == 0:
             frames.append(lost)
+        frames.reverse()  # handed over from the end, so that nothing holds them any longer
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]
         if last is None:
             continue
         del lapics, stock
-        table = assembler.push(frames, last)
-        del frames
+        table = assembler.push((frames.pop() for _ in range(len(frames))), last)
         if table is not None:
             yield table
             del table
