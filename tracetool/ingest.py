@@ -63,6 +63,8 @@ DERIVED_FROM: Final = "timer:hrtimer_expire_entry against CLOCK_MONOTONIC"
 
 #: Bytes around a damaged stretch whose records say when it was.
 NEAR_BYTES: Final = 16 << 10
+#: Formats whose records have byte offsets.
+BYTE_OFFSETS: Final = frozenset({"xentrace", "trace.dat"})
 #: Damaged stretches beyond these keep no time (each costs a scan of all offsets).
 PLACED_GAPS: Final = 64
 
@@ -179,7 +181,7 @@ def _ingest(
         if opened.truncated:
             compressed_end(writer, opened, label)
             dataset = writer.close_records()
-        if place_gaps(dataset, writer.gaps):
+        if reader.format in BYTE_OFFSETS and place_gaps(dataset, writer.gaps):
             dataset = writer.close_records()
         bound = bind(reader, dataset, label, options, writer.gaps)
         manifest["observed"] = {k: {"conf": o.conf, "how": o.how} for k, o in sorted(bound.observed.items())}
@@ -214,6 +216,9 @@ def note_snapshot(manifest: dict[str, Any]) -> None:
 
 def place_gaps(dataset: Records, gaps: Sequence[dict[str, Any]]) -> bool:
     """Give damaged stretches a time: from the earliest record shortly before them to the latest shortly after.
+
+    For recordings whose records have byte offsets, as gaps have; records of text have line numbers instead, and its
+    readers tell the times themselves: lines are in order.
 
     Damage says nothing of CPU or time, so whatever the windows around it span is unknown. Returns whether any changed.
     """

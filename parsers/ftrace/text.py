@@ -6,13 +6,14 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array
-from parsers.ftrace.batch import Scan, classify
+from parsers.ftrace.batch import Records, Scan, classify
 from parsers.ftrace.build import MARKERS, Builder
 from parsers.ftrace.layouts import BARE, LAYOUTS, PLAIN, Fast, Layout, detect, named, stamp_of
 from parsers.ftrace.notes import NOTES, note
@@ -111,6 +112,8 @@ class FtraceTextReader:
         self._shown_first = int(stamp.replace(b".", b""))
         self._dot = len(stamp) - stamp.index(b".") - 1 if b"." in stamp else 0
         self._gaps: list[Gap] = []
+        self._late: list[Gap] = []  # that end with the next record
+        self._latest: int | None = None  # stamp of the last record so far that has one
         self._notes: list[Note] = []
         self._line, self._position, self._lines_in = 1, 0, 0
         self._last: dict[int, int] = {}
@@ -227,7 +230,7 @@ class FtraceTextReader:
         self.accounting.skipped += length
         offset, size = self._span(self._position, length)
         self._notes.append(note("ftrace-long-line", f"{length} bytes", offset))
-        self._gaps.append(Gap("damaged", None, None, None, offset, size, None, "a line too long"))
+        self._late.append(Gap("damaged", None, self._latest, None, offset, size, None, "a line too long"))
         self._position += length
         self._line += 1
 
@@ -247,6 +250,7 @@ class FtraceTextReader:
         return chunk
 
     def _finish(self) -> None:
+        self._gaps += self._late
         for cpu, count in sorted(self._started.items()):
             self._notes.append(note("ftrace-buffer-started", f"cpu {cpu}", 0, cpu, count))
         self._notes.extend(self._builder.notes())
@@ -279,6 +283,7 @@ class FtraceTextReader:
             self._carry = bytes(text[int(starts[keep]) : size]) + self._carry
             used, lines = int(starts[keep]), keep if kept is None else int(kept[keep])
         self._marks(scan, starts, keep)
+        everything = scan.records
         if keep < starts.size:
             scan = self._before(scan, keep)
         if self._builder.first is None and scan.records.stamped.any():
@@ -292,7 +297,9 @@ class FtraceTextReader:
         tables, strays = self._builder.build(data, text, starts, ends, scan, sources, self._line, kept, cut)
         if last and self._cut:
             self._tell_cut(scan, starts, cut, strays)
-        self._stray_lines([row for row in strays if row != cut], starts, ends)
+        self._stray_lines([row for row in strays if row != cut], starts, ends, everything)
+        stamped = scan.records.stamp[scan.records.stamped]
+        self._latest = int(stamped[-1]) if stamped.size else self._latest
         self._position += used
         self._line += lines
         return tables
@@ -378,9 +385,13 @@ class FtraceTextReader:
         cpus, last = np.unique(records.cpu[done][::-1], return_index=True)
         self._last.update(zip(cpus.tolist(), records.stamp[done][::-1][last].tolist(), strict=True))
 
-    def _stray_lines(self, rows: list[int], starts: Array, ends: Array) -> None:
-        """Lines that nothing explains: runs of them become one gap each."""
+    def _stray_lines(self, rows: list[int], starts: Array, ends: Array, records: Records) -> None:
+        """Lines that nothing explains: runs of them become one gap each, from the record before to the one after."""
         runs: list[list[int]] = []
+        stamped, stamps = records.row[records.stamped], records.stamp[records.stamped]
+        if stamped.size:
+            self._gaps += [replace(gap, t1=int(stamps[0])) for gap in self._late]
+            self._late = []
         for row in rows:
             if runs and row == runs[-1][1] + 1:
                 runs[-1][1] = row
@@ -391,7 +402,10 @@ class FtraceTextReader:
             self.accounting.skipped += length
             if len(self._gaps) < 2000:
                 offset, size = self._span(self._position + int(starts[first]), length)
-                self._gaps.append(Gap("damaged", None, None, None, offset, size, None, "not ftrace text"))
+                after = int(np.searchsorted(stamped, first))
+                t0 = int(stamps[after - 1]) if after else self._latest
+                t1 = int(stamps[after]) if after < stamped.size else None
+                self._gaps.append(Gap("damaged", None, t0, t1, offset, size, None, "not ftrace text"))
         if rows:
             where = self._file_offset(self._position + int(starts[rows[0]]))
             (line,) = self._file_lines(np.array([self._line + rows[0]])).tolist()

@@ -8,6 +8,7 @@ import random
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from parsers.ftrace.text import FtraceTextReader, PerfScriptReader
 from parsers.recording import Chunk, ReadOptions, RecordingError
 from tests.recordings.test_tracedat import unpacked
 from tests.shared import SAMPLES
+from tracetool.ingest import IngestOptions, ingest
 
 
 def line(comm: bytes, rest: bytes, *, pid: int = 7, cpu: int = 1, stamp: bytes = b"    13.391118") -> bytes:
@@ -249,3 +251,25 @@ def test_damaged_mask_stays_text() -> None:
     _, _, tables = read(data)
     assert tables["ipi_raise"]["target_cpus"].to_pylist() == [[3]]
     assert tables["ftrace_text"]["event"].to_pylist() == ["ipi_raise"]
+
+
+@pytest.mark.parametrize("batch", [20 << 20, 3000])
+def test_damage_lies_between_the_records_around_it(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stretch of junk has the times of the records before and after it, in the reader's ticks and in the dataset."""
+    monkeypatch.setattr("parsers.ftrace.text.BATCH", batch)
+    lines = [line(b"a", b"cpu_idle: state=1 cpu_id=1", stamp=b"10.%06d" % (10 * n)) for n in range(900)]
+    long = b"y" * (1 << 20) + b"\n"
+    data = b"".join([*lines[:100], b"?? no event at all\n", *lines[100:700], long, *lines[700:], b"?? after all\n"])
+    _, chunks, _ = read(data)
+    gaps = sorted((gap for chunk in chunks for gap in chunk.gaps), key=lambda gap: gap.offset)
+    first = 10_000_000
+    assert [(gap.t0, gap.t1) for gap in gaps] == [
+        (first + 990, first + 1000), (first + 6990, first + 7000), (first + 8990, None)
+    ]  # fmt: skip
+    assert [data[gap.offset : gap.offset + 3] for gap in gaps] == [b"?? ", b"yyy", b"?? "]
+    (tmp_path / "noise.txt").write_bytes(data)
+    done = ingest([str(tmp_path / "noise.txt")], tmp_path / "set", IngestOptions())
+    placed = [(gap["t0_ns"], gap["t1_ns"]) for gap in sorted(done.gaps, key=lambda gap: int(gap["offset"]))]
+    assert placed == [(990_000, 1_000_000), (6_990_000, 7_000_000), (8_990_000, None)]
