@@ -33,20 +33,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bench.mutate import FOLDERS, Mutant, Reasons, Text, changed, files_of, install, mutants_in, mutants_of
+from bench.mutate import ALSO, FOLDERS, Mutant, Reasons, Text, changed, files_of, install, mutants_in, mutants_of
 from bench.mutation_judge import MEMORY, Judge, Loading, forked, lines_of
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Streams of each flavour in a round; CPU seconds that one run of a mutant, and of the original, may take.
-ROUND, LIMIT, SLOWEST = 10, 1.0, 0.01
+ROUND, LIMIT, SLOWEST = 20, 1.0, 0.01
 
 
 @dataclass(slots=True)
 class Stream:
-    """A stream, what the original says about it and which lines it reaches."""
+    """A stream of a system, what the original says about it and which lines it reaches."""
 
+    system: str
     flavour: str
     number: int
     prepared: Any
@@ -156,11 +157,13 @@ class Hunt:
         loading = Loading()
         with loading.on():
             from replay.events import Batch
+            from replay.systems import SYSTEMS
             from tests.conformance.hunted import flavours
 
             warm(system)
             setattr(Batch, "of", _batch(Batch.of))  # noqa: B010
-            flavours(system)  # loads the machines; libraries that start threads must not run before the forks
+            # The machines are loaded; libraries that start threads must not run before the forks.
+            assert flavours(system) and SYSTEMS[system].codes
         sources = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for s, p in files_of() if s == system}
         judge = Judge([], loading.ran, sources, None)
         self.prey: list[Prey] = []
@@ -187,19 +190,23 @@ class Hunt:
             raise SystemExit(f"{self.system}: the original ended: {answer}")
         streams, wrong = answer
         self.wrong += wrong
-        return [Stream(*fields, light=_Light.of_events(fields[2].events)) for fields in streams]
+        made = [Stream(*fields) for fields in streams]
+        for one in made:
+            one.light = _Light.of_events(one.prepared.events)
+        return made
 
     def _streams(self, numbers: Sequence[int]) -> tuple[list[tuple[Any, ...]], list[str]]:
         from tests.conformance.hunted import flavours, prepare
 
         out: list[tuple[Any, ...]] = []
         wrong: list[str] = []
+        systems = (self.system, *ALSO.get(self.system, ()))
         for number in numbers:
-            for flavour in self.flavours or flavours(self.system):
+            for system, flavour in ((s, f) for s in systems for f in self.flavours or flavours(s)):
                 signal.signal(signal.SIGPROF, _late)
                 signal.setitimer(signal.ITIMER_PROF, LIMIT)
                 try:
-                    prepared, first = lines_of(partial(prepare, self.system, flavour, number))
+                    prepared, first = lines_of(partial(prepare, system, flavour, number))
                     begin = time.process_time()
                     said = _say(prepared)
                     seconds = time.process_time() - begin
@@ -210,7 +217,7 @@ class Hunt:
                     if again != said:
                         wrong.append(f"{flavour} {number}: not the same twice")
                         continue
-                    out.append((flavour, number, prepared, said, lines, seconds))
+                    out.append((system, flavour, number, prepared, said, lines, seconds))
                 except _Late:
                     wrong.append(f"{flavour} {number}: too slow")
                 except Exception as error:  # a defect of the original, or of the generator
@@ -241,8 +248,9 @@ class Hunt:
                     if number == 0:
                         self.change(prey)
                     try:
-                        if prey.again:
-                            one.prepared = prepare(self.system, one.flavour, one.number)
+                        if prey.again or one.flavour == "round-trip":
+                            one.prepared = prepare(one.system, one.flavour, one.number)
+                            one.light = None
                         differs = _say(one.prepared, one.light) != one.said
                     except Exception:  # a mutant may break in any way
                         differs = True
@@ -318,7 +326,9 @@ def _run(system: str, options: argparse.Namespace) -> None:
     if options.write:
         from tests.conformance.pinned import add_hunted
 
-        added = add_hunted(system, [f"{s.flavour} {s.number}" for s in hunt.chosen])
+        added = 0
+        for name in (system, *ALSO.get(system, ())):
+            added += add_hunted(name, [f"{s.flavour} {s.number}" for s in hunt.chosen if s.system == name])
         print(f"{system}: {added} more pinned runs", flush=True)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "Mutant", "Reasons", "Text", "changed", "compiled", "described", "files_of", "install", "judge", "listed",
+    "ALSO", "Mutant", "Reasons", "Text", "changed", "compiled", "described", "files_of", "install", "judge", "listed",
     "mutants_in", "mutants_of", "notices", "run_sample", "score_text",
 ]  # fmt: skip
 
@@ -57,6 +57,8 @@ HARDWARE = {
     "irq_desc": "irqflow",
     "lapic": "apic",
 }
+#: Systems whose pinned runs exercise hardware of another one too.
+ALSO = {"vgic": ("gic",)}
 #: Files of a system that only declare; changing a text or a default is not a change of behaviour.
 DECLARATIONS = {"codes.py", "__init__.py", "hpet_block_codes.py", "ioapic_codes.py"}
 #: Operator of the mutant that changes nothing: its suite must pass, or no verdict means anything.

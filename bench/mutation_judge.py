@@ -65,15 +65,18 @@ def rule_tests(system: str) -> list[str]:
 
 def pinned_tests(system: str) -> list[str]:
     """Tests that say only that nothing has changed (`tests/conformance/pinned.py`)."""
+    from bench.mutate import ALSO
     from tests.conformance.pinned import GROUPS, warm
 
     warm(system)
     name = str(ROOT / "tests" / "conformance" / "test_pinned.py")
-    return [f"{name}::test_nothing_has_changed[{system}-{group}]" for group in GROUPS]
+    systems = (system, *ALSO.get(system, ()))
+    return [f"{name}::test_nothing_has_changed[{s}-{group}]" for s in systems for group in GROUPS]
 
 
 def _pinned_units(system: str) -> list[Unit]:
     """The same, run by run: one is enough to notice."""
+    from bench.mutate import ALSO
     from tests.conformance.pinned import GROUPS, known_names, pinned, runs, said, warm
 
     warm(system)
@@ -86,7 +89,7 @@ def _pinned_units(system: str) -> list[Unit]:
     for group in GROUPS:
         for (name, make), line in zip(runs(system, group), pinned(system, group), strict=True):
             units.append(unit(f"{group}, {name}", make, line))
-    return units
+    return units + [u for other in ALSO.get(system, ()) for u in _pinned_units(other)]
 
 
 # -- what is loaded ----------------------------------------------------------------------------------------------------
