@@ -1,7 +1,8 @@
 """Which modules the wheel has compiled (mypyc, the same sources), and whether these here are.
 
-Compiled are the machines that see most events, with their rules and monitors. Policies and declarations stay
-interpreted: a user's class and ours are called in the same way.
+Compiled are the machines that see most events, with their rules and monitors, and the policies of HPET broadcast, which
+work at every sleep. The other policies and declarations stay interpreted. A user's policy is always interpreted; it may
+be a subclass of one of ours.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ MODULES: Final = (
     "replay/systems/event_channel/rules.py",
     "replay/systems/event_channel/machine.py",
     "replay/systems/event_channel/short_cuts.py",
+    "replay/systems/hpet_broadcast/state.py",
+    "replay/systems/hpet_broadcast/policies.py",
+    "replay/systems/hpet_broadcast/monitor.py",
+    "replay/systems/hpet_broadcast/machine.py",
+    "replay/systems/hpet_broadcast/comparators.py",
+    "replay/systems/hpet_broadcast/recorded.py",
 )
 
 T = TypeVar("T")

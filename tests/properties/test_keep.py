@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.declare import Code, Config
@@ -58,6 +58,7 @@ def collected(steps: Sequence[Any], keep: int) -> Sink:
     return sink
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(1, 4))
 def test_the_worst_is_kept_and_all_are_counted(steps: Sequence[Any], keep: int) -> None:
     few, every = collected(steps, keep), collected(steps, 1_000)

@@ -52,7 +52,7 @@ SLEEPS = st.lists(
 CUTS = st.lists(st.integers(0, 60), max_size=4)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(SLEEPS, CUTS, st.sampled_from(sorted(HPET.policies)), st.integers(0, 2))
 def test_exits_in_columns(
     steps: Sequence[tuple[str, int, int, int, int]], cuts: Sequence[int], policy: str, n: int
@@ -84,7 +84,7 @@ WORK = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(WORK, CUTS)
 def test_what_is_ignored_changes_nothing(steps: Sequence[tuple[str, int, int, int, int]], cuts: Sequence[int]) -> None:
     events, t = [], 0

@@ -7,6 +7,7 @@ owner wakes are the policy's hooks.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final
 
@@ -140,7 +141,8 @@ class HpetBroadcast(Machine):
                 cpu.recorded_exit = exited
                 self.recorded_enter(cpu, val if val > 0 else INF)
             elif kind == BREAK:
-                self.broken(cpu)
+                if cpu.asleep:
+                    self.leave(cpu, unrelated=True)
             elif kind == ISR_BEGIN:
                 cpu.in_service.append(obj)
             elif kind == ISR_END:
@@ -217,7 +219,8 @@ class HpetBroadcast(Machine):
         if not unrelated:
             self.effects.append((self.now, cpu.index))
         deadline = cpu.deadline
-        self.monitor.woke(self.now, cpu.index, deadline, unrelated=unrelated)
+        if not unrelated or self.now - deadline > self.slop_ns:
+            self.monitor.woke(self.now, cpu.index, deadline, unrelated=unrelated)
         channel = self.channels[cpu.channel] if cpu.channel != NONE else None
         if channel is not None:
             self.policy.on_exit(self, channel, cpu)
@@ -245,7 +248,9 @@ class HpetBroadcast(Machine):
     def arm(self, channel: Channel, at: int) -> None:
         """Write the comparator; an earlier match is no longer due."""
         channel.gen += 1
-        self.agenda.at(at, HARDWARE, MATCH, channel.index, c=channel.gen)
+        agenda = self.agenda
+        agenda.serial += 1
+        heapq.heappush(agenda.heap, (at, HARDWARE, agenda.serial, MATCH, channel.index, 0, channel.gen))
 
     def disarm(self, channel: Channel) -> None:
         """Push the comparator a full wrap away."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from replay.compiled import mypyc_attr
 from replay.events import INF, NONE
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def _members(mask: int) -> list[int]:
     return [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class BroadcastPolicy:
     """Base of all policies of system `hpet`. The hooks get the machine and change it through its methods."""
 
@@ -68,6 +70,7 @@ class BroadcastPolicy:
         raise NotImplementedError
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Current(BroadcastPolicy):
     """`arch/x86/hpet.c` as of November 2013: round robin, ownership handed over by moving the interrupt."""
 
@@ -94,12 +97,12 @@ class Current(BroadcastPolicy):
             return m.channels[cpu.index]
         start = m.rr
         m.rr = (m.rr + 1) % n
-        for step in range(n):
-            channel = m.channels[(start + step) % n]
+        channels = m.channels
+        for channel in channels[start:] + channels[:start] if start else channels:
             if not channel.used:
                 channel.used = True
                 return channel
-        return m.channels[start]
+        return channels[start]
 
     def may_retarget(self, channel: Channel, cpu: int) -> bool:
         """A5: a second move before an interrupt arrived through the new vector is refused."""
@@ -150,6 +153,7 @@ class Current(BroadcastPolicy):
                 m.wake_by_ipi(member)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Upstream2025(Current):
     """The code after the repairs of 2025: EOI afterwards, one fixed vector, atomic retarget, pushed out on release."""
 
@@ -167,6 +171,7 @@ class Upstream2025(Current):
         m.disarm(channel)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Proposed(BroadcastPolicy):
     """The proposal: join a channel that fires in time or shorten the soonest; the interrupt never moves."""
 
@@ -232,6 +237,7 @@ class Proposed(BroadcastPolicy):
         """B6: the interrupt itself only wakes the owner, whose exit does the rest."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ProposedKeep(Proposed):
     """As proposed, but an awake owner keeps serving its wake list."""
 
