@@ -43,6 +43,29 @@ def usual_jobs(dataset: Dataset, systems: int) -> int:
 
 
 def _free_bytes() -> int:
+    """What the machine has to spare, or the memory control groups of this process allow, if that is less."""
+    return min(_machine_bytes(), group_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def group_bytes(member: Path, root: Path) -> int:
+    """The least limit of the control groups (v1 or v2) that `member` lists, and those above; 2**63 without one."""
+    least = 1 << 63
+    with suppress(OSError, ValueError):
+        for line in member.read_text(encoding="utf-8").splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            top, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+            here = top / path.lstrip("/")
+            for folder in (here, *here.parents):
+                with suppress(OSError, ValueError):
+                    least = min(least, int((folder / name).read_text(encoding="ascii")))  # "max": none
+                if folder == top:
+                    break
+    return least
+
+
+def _machine_bytes() -> int:
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -107,3 +107,17 @@ def test_real_recordings_in_two_processes(name: str, tmp_path: Path) -> None:
         subprocess.run([*command, "--json", "--jobs", jobs], capture_output=True, check=False) for jobs in ("1", "2")
     )
     assert one.stdout and one.stdout == two.stdout and one.returncode == two.returncode
+
+
+def test_memory_is_that_of_the_control_group(tmp_path: Path) -> None:
+    member = tmp_path / "cgroup"
+    member.write_text("4:memory:/a/b\n1:name=systemd:/x\n0::/job\n")
+    assert parallel.group_bytes(member, tmp_path) == 1 << 63
+    limits = {"memory/a/memory.limit_in_bytes": "5000", "memory/a/b/memory.limit_in_bytes": "9" * 18}
+    for path, text in {**limits, "job/memory.max": "max"}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert parallel.group_bytes(member, tmp_path) == 5000
+    (tmp_path / "memory.max").write_text("4000\n")
+    assert parallel.group_bytes(member, tmp_path) == 4000
+    assert parallel.group_bytes(tmp_path / "none", tmp_path) == 1 << 63
