@@ -275,12 +275,12 @@ def _narrow(system: str, draw: random.Random, closed: bool = False) -> Stream:
     return _whole(system, policy, events, config, draw, closed=closed, sub=setting.sub, init=init)
 
 
-def _clean(system: str, draw: random.Random, closed: bool = False) -> Stream:
+def _clean(system: str, draw: random.Random, closed: bool = False, words: str = "clean") -> Stream:
     """Few things that happen where everything is seen from the beginning: what is wrong shows."""
     setting, policy = _setting(system, draw)
     config = _config(system, setting.config, draw, closed, draw.choice((0.0, 0.3)))
     name = setting.phrases or system
-    own = GRAMMAR.get(f"{name}-clean")
+    own = GRAMMAR.get(f"{name}-{words}")
     phrases = own if own and draw.random() < 0.8 else (*GRAMMAR[name], *GRAMMAR.get(f"{name}-more", ()))
     chosen = _swarm(draw.sample(phrases, min(draw.randint(1, 4), len(phrases))), draw)
     events = _spoken(chosen, _steps(system, config, draw), int(4 * 12 ** draw.random()), draw)
@@ -397,6 +397,8 @@ FLAVOURS: Final[dict[str, Callable[[str, random.Random], Stream]]] = {
     "recorded-closed": partial(_recorded, closed=True),
     "what-if": _what_if,
     "round-trip": _round_trip,
+    "cycle": partial(_clean, words="cycle"),
+    "cycle-closed": partial(_clean, closed=True, words="cycle"),
 }
 
 
@@ -407,8 +409,9 @@ def flavours(system: str) -> tuple[str, ...]:
     """Flavours that a system has: without seeded recordings there are no slices of them, and no what-ifs."""
     from tests.conformance.pinned import bugs
 
-    own = NO_BUGS if not bugs(system) else tuple(f for f in FLAVOURS if f != "round-trip")
-    return (*own, "round-trip") if f"{system}-load" in GRAMMAR else own
+    special = {"round-trip": "load", "cycle": "cycle", "cycle-closed": "cycle"}
+    own = [f for f in FLAVOURS if f not in special and (bugs(system) or f in NO_BUGS)]
+    return (*own, *(f for f, words in special.items() if f"{system}-{words}" in GRAMMAR))
 
 
 def prepare(system: str, flavour: str, number: int) -> Stream:

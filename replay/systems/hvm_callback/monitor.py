@@ -289,8 +289,8 @@ class CallbackMonitor:
 
     def _stale(self, d: Domain, v: int, t: int, seq: int) -> None:
         """`via-stale-assert` begins: one for each episode; told when it ends and its length is known."""
-        d.stale_count += 1
         if d.stale_reported:
+            d.stale_count += 1
             return
         d.stale_reported = True
         d.stale_t = t

@@ -77,18 +77,18 @@ class Domain:
         self.ordinal = 0
         self.storm_reported = False
         self.stale_reported = False
-        self.stale_t = NIL
-        self.stale_start = NIL
-        self.stale_vcpu = NONE
-        self.stale_seq = NONE
-        self.stale_count = 0
-        self.stale_asserted = UNKNOWN
+        self.stale_t = NIL  # with the next five, which are read while it is not NIL
+        self.stale_start: int
+        self.stale_vcpu: int
+        self.stale_seq: int
+        self.stale_count: int
+        self.stale_asserted: int
         self.storm_start = NIL
-        self.callback_eoi_t = NIL
-        self.callback_eoi_asserted = UNKNOWN
-        self.callback_eoi_others = UNKNOWN
-        self.callback_eoi_seq = NONE
-        self.callback_eoi_vcpu = NONE
+        self.callback_eoi_t = NIL  # with the next four
+        self.callback_eoi_asserted: int
+        self.callback_eoi_others: int
+        self.callback_eoi_seq: int
+        self.callback_eoi_vcpu: int
         self.offline0 = False
         self.late_reported = False
         self.line_t = NIL

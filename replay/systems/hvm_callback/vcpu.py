@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replay.events import NIL, NONE
+from replay.events import NIL
 from replay.hardware.lapic import LocalApic
 from replay.knowledge import UNKNOWN
 
@@ -34,19 +34,20 @@ class Vcpu:
         self.ahead_t = NIL
         self.work = 0
         self.repeated = False  # the last injection came right at the EOI of the one before
-        self.forget_injection()
+        self.injected_t = NIL
+        # Of the injection that awaits its verdict: written and read with `injected_t`.
+        self.injected_seq: int
+        self.injected_conf: int
+        self.flag_at_injection: int
+        self.others_at_injection: int
+        self.reads_at_injection: int
+        self.sets_at_injection: int
+        self.after_eoi: bool
+        self.begun: bool
 
     def forget_injection(self) -> None:
         """The last injection has had its verdict, or will have none."""
         self.injected_t = NIL
-        self.injected_seq = NONE
-        self.injected_conf = 100
-        self.flag_at_injection = UNKNOWN
-        self.others_at_injection = UNKNOWN
-        self.reads_at_injection = 0
-        self.sets_at_injection = 0
-        self.after_eoi = False
-        self.begun = False
 
     def forget(self) -> None:
         """Records were lost (U2)."""
