@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array, constant, dictionary, nulls, plain
-from parsers.ftrace.batch import Records, Scan
+from parsers.ftrace.batch import Records, Scan, latest
 from parsers.ftrace.columns import FTRACE_COMMON, escape, ftrace_schema
 from parsers.ftrace.flags import decode_flags
 from parsers.ftrace.layouts import BARE, Layout
@@ -140,10 +140,9 @@ class Builder:
         numbers = line + (records.row if kept is None else kept[records.row])
         common = self._common(scan, records, sources, numbers, order)
         tables = self._grouped(rests, code, order, common, records, scan, text, starts, ends)
-        cpus, last = np.unique(records.cpu[::-1], return_index=True)
-        count = records.row.size
-        self._last_seq.update(zip(cpus.tolist(), (self._seq + count - 1 - last).tolist(), strict=True))
-        self._seq += count
+        cpus, last = latest(records.cpu)
+        self._last_seq.update(zip(cpus.tolist(), (self._seq + last).tolist(), strict=True))
+        self._seq += records.row.size
         return tables, strays
 
     def _grouped(
@@ -160,7 +159,8 @@ class Builder:
     ) -> dict[str, pa.Table]:
         """One table for each event; `order` sorts the records by event."""
         # the different texts of an event lie side by side in `by_code`
-        by_code = np.argsort(rests.code, kind="stable")
+        small = np.uint16 if len(rests.names) < 1 << 16 else np.int64
+        by_code = np.argsort(rests.code.astype(small), kind="stable")
         lows = np.searchsorted(rests.code[by_code], np.arange(len(rests.names) + 1))
         place = np.empty(by_code.size, dtype=np.int64)
         place[by_code] = np.arange(by_code.size)

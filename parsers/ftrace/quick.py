@@ -257,7 +257,7 @@ def _numbers(
 
     Those of all parts that are written alike are converted in one go.
     """
-    groups: dict[str, list[int]] = {"number": [], "hex": []}
+    groups: dict[str, list[int]] = {"number": [], "hex": [], "0x": []}
     mixed: list[int] = []
     for number, how in enumerate(hows):
         if how in groups:
@@ -268,7 +268,7 @@ def _numbers(
         prefixed = text.has(b"0x", at.ravel()).reshape(at.shape)
         for number, has in zip(symbols, prefixed, strict=True):
             if has.all():
-                groups["hex"].append(number)
+                groups["0x"].append(number)
             elif not has.any() and not _is_probe(shape.parts[number]) and _digit(text, begin[number]).all():
                 groups["number"].append(number)
             else:
@@ -276,8 +276,11 @@ def _numbers(
     found: dict[int, tuple[Array, Array, bool]] = {}
     for how, chosen in groups.items():
         if chosen:
-            convert = text.decimal if how == "number" else text.hexadecimal
-            value, valid = convert(begin[chosen].ravel(), stop[chosen].ravel())
+            starts, ends = begin[chosen].ravel(), stop[chosen].ravel()
+            if how == "number":
+                value, valid = text.decimal(starts, ends)
+            else:
+                value, valid = text.hexadecimal(starts, ends, prefixed=how == "0x")
             value, valid = value.reshape(len(chosen), -1), valid.reshape(len(chosen), -1)
             for number, values, good in zip(chosen, value, valid, strict=True):
                 found[number] = values, good, bool(good.all())

@@ -186,9 +186,12 @@ class Text:
         word ^= ZEROS
         return np.asarray(word)
 
-    def hexadecimal(self, start: Array, end: Array) -> tuple[Array, Array]:
-        """Hexadecimal numbers of up to 16 digits, with or without 0x, and which rows are such numbers."""
-        start = start + 2 * self.has(b"0x", start)
+    def hexadecimal(self, start: Array, end: Array, *, prefixed: bool = False) -> tuple[Array, Array]:
+        """Hexadecimal numbers of up to 16 digits, with or without 0x, and which rows are such numbers.
+
+        `prefixed`: it is known that all begin with 0x.
+        """
+        start = start + (2 if prefixed else 2 * self.has(b"0x", start))
         size = end - start
         good = (size > 0) & (size <= 16)
         short = size == 1

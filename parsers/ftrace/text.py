@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from parsers.ftrace.arrays import Array
-from parsers.ftrace.batch import Records, Scan, classify
+from parsers.ftrace.batch import Records, Scan, classify, latest
 from parsers.ftrace.build import MARKERS, Builder
 from parsers.ftrace.layouts import BARE, LAYOUTS, PLAIN, Fast, Layout, detect, named, stamp_of
 from parsers.ftrace.notes import NOTES, note
@@ -382,8 +382,8 @@ class FtraceTextReader:
             self._gaps.append(Gap("lost-records", cpu, before, after, offset, 0, count))
             self._notes.append(note("ftrace-lost", f"cpu {cpu}: {count or 'some'} records", offset, cpu, count or 1))
         done = records.row < keep
-        cpus, last = np.unique(records.cpu[done][::-1], return_index=True)
-        self._last.update(zip(cpus.tolist(), records.stamp[done][::-1][last].tolist(), strict=True))
+        cpus, last = latest(records.cpu[done])
+        self._last.update(zip(cpus.tolist(), records.stamp[done][last].tolist(), strict=True))
 
     def _stray_lines(self, rows: list[int], starts: Array, ends: Array, records: Records) -> None:
         """Lines that nothing explains: runs of them become one gap each, from the record before to the one after."""
