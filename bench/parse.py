@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import sys
 
-from parsers.formats import sniff
-from parsers.open import open_recording
-from parsers.recording import ReadOptions
+from tracetool.__main__ import prepare
 
 __all__ = ["main", "parse"]
 
 
 def parse(path: str, only: frozenset[str] = frozenset()) -> int:
     """Number of records in all tables."""
+    from parsers.formats import sniff
+    from parsers.open import open_recording
+    from parsers.recording import ReadOptions
+
     with open_recording(path) as opened:
         cls = sniff(opened.head())
         if cls is None:
@@ -29,7 +31,8 @@ def parse(path: str, only: frozenset[str] = frozenset()) -> int:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line, in a process with the settings of tracetool's own."""
+    prepare()
     print(parse(sys.argv[1], frozenset(sys.argv[2].split(",")) if len(sys.argv) > 2 else frozenset()))
 
 

@@ -6,15 +6,25 @@ import os
 import sys
 from typing import NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "prepare"]
 
 
-def main() -> NoReturn:
-    """Run the command line (`tracetool …`)."""
+def prepare() -> None:
+    """Settings of libraries for a process that is tracetool's own; they are read when a library is first imported.
+
+    What the user has set stays.
+    """
     # Arrow allocates as NumPy does, and polars' allocator gives back what it has freed: three allocators that each keep
     # theirs doubled the peak.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     os.environ.setdefault("_RJEM_MALLOC_CONF", "narenas:2,muzzy_decay_ms:0")
+    # nothing here multiplies matrices: NumPy's threads for that would only wait, and use 0.04 s of CPU doing so
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def main() -> NoReturn:
+    """Run the command line (`tracetool …`)."""
+    prepare()
     try:
         from tracetool.cli import run
 
