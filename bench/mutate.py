@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -413,6 +413,22 @@ def _warm(system: str, mutants: Sequence[Mutant], budget: float) -> Iterator[dic
             yield message
 
 
+def earlier(files: Sequence[str]) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Verdict and who noticed, by the text of mutants, from JSON of earlier runs and hunts, the oldest first. Where a
+    text occurs twice in a function, the worse verdict counts."""
+    found: dict[tuple[str, ...], tuple[str, str]] = {}
+    for file in files:
+        here: dict[tuple[str, ...], tuple[str, str]] = {}
+        for row in json.loads(Path(file).read_text(encoding="utf-8")):
+            key = tuple(row[k] for k in ("path", "inside", "original", "mutated"))
+            if key not in here or row["verdict"] == "survived":
+                here[key] = row["verdict"], row["by"]
+        for key, verdict in here.items():
+            if found.get(key, ("", ""))[0] != "caught":
+                found[key] = verdict
+    return found
+
+
 def run_sample(
     count: int | None = None,
     *,
@@ -421,13 +437,14 @@ def run_sample(
     systems: Sequence[str] = (),
     only: str = "",
     skip: str = "",
-    before: Sequence[dict[str, Any]] = (),
+    before: Mapping[tuple[str, ...], tuple[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Judge `count` mutants chosen by `seed` (None, or more than there are: all), as far as `budget` seconds go.
 
-    `only` and `skip` are parts of "path:function". `before` are results of an earlier run: mutants whose text was
-    caught then are not judged again (tests are only ever added). Each result has the fields of its mutant, the verdict
-    (caught, survived, equivalent), `by` (who noticed, or why it is equivalent) and the change as text.
+    `only` and `skip` are parts of "path:function". `before` are results of earlier runs: mutants whose text was caught
+    then are not judged again (tests are only ever added), others keep their verdict if time is up. Each result has the
+    fields of its mutant, the verdict (caught, survived, equivalent), `by` (who noticed, or why it is equivalent) and
+    the change as text.
     """
     files = [(system, path) for system, path in files_of() if not systems or system in systems]
     everything = [m for system, path in files for m in mutants_of(system, path)]
@@ -437,11 +454,8 @@ def run_sample(
     everything = random.Random(seed).sample(everything, len(everything))[:count]
     results: list[dict[str, Any]] = []
     known = Reasons()
-    keys = ("path", "inside", "original", "mutated")
-    # A text that occurs twice in a function is judged again.
-    often = Counter(tuple(r[k] for k in keys) for r in before)
-    caught = {tuple(r[k] for k in keys): r["by"] for r in before if r["verdict"] == "caught"}
-    caught = {key: by for key, by in caught.items() if often[key] == 1}
+    before = before or {}
+    caught = {key: by for key, (verdict, by) in before.items() if verdict == "caught"}
     start = time.monotonic()
     for system in dict.fromkeys(m.system for m in everything):
         mutants = [m for m in everything if m.system == system]
@@ -452,7 +466,13 @@ def run_sample(
             results.append({**asdict(mutant), "verdict": "caught", "by": by, **asdict(texts[mutant])})
         left = budget - (time.monotonic() - start)
         if left <= 0:
-            break
+            for mutant in mutants:
+                text = texts[mutant]
+                verdict, by = before.get((mutant.path, *astuple(text)), ("survived", "not judged"))
+                if reason := known.get(mutant.path, text):
+                    verdict, by = "equivalent", f"listed: {reason}"
+                results.append({**asdict(mutant), "verdict": verdict, "by": by, **asdict(text)})
+            continue
         for message in _warm(system, mutants, left):
             if "units" in message:
                 print(f"{system}: {message['units']} tests, {message['seconds']} s", file=sys.stderr, flush=True)
@@ -491,6 +511,9 @@ def score_text(results: Sequence[dict[str, Any]]) -> str:
     by = Counter(r["by"] if r["by"] in ("rule test", "time limit") else r["by"].split()[0]
                  for r in results if r["verdict"] == "caught")  # fmt: skip
     lines += ["", "noticed by: " + ", ".join(f"{name} {n}" for name, n in by.most_common())]
+    why = Counter(re.sub(r"\d+", "N", r["by"]) or "not told" for r in results if r["verdict"] == "survived")
+    why["reached by no stream"] = sum(r["by"] == "no difference in 0 streams" for r in results)
+    lines += ["survived: " + ", ".join(f"{name} {n}" for name, n in why.most_common())]
     wrong = [f"{r['path']}:{r['line']}" for r in results if r["by"].endswith("(but listed as equivalent)")]
     if wrong:
         lines += ["", f"listed as equivalent, but caught: {', '.join(wrong)}"]
@@ -502,7 +525,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sample", type=int, help="how many mutants (default: all)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new ones after this many seconds")
-    parser.add_argument("--again", metavar="FILE", help="an earlier --json: what was caught there is not judged again")
+    parser.add_argument("--again", metavar="FILE", action="append", default=[],
+                        help="--json of an earlier run or hunt: what was caught there is not judged again")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--system", action="append", default=[], choices=list(FOLDERS))
     parser.add_argument("--only", default="", help="only where path:Class.function contains this")
@@ -512,10 +536,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         _child(Mutant(**json.loads(options.one)))
-    before = json.loads(Path(options.again).read_text(encoding="utf-8")) if options.again else ()
     results = run_sample(
         options.sample, seed=options.seed, budget=options.seconds, systems=options.system, only=options.only,
-        skip=options.skip, before=before,
+        skip=options.skip, before=earlier(options.again),
     )  # fmt: skip
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
