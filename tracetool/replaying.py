@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +23,8 @@ __all__ = [
     "rules_of",
 ]  # fmt: skip
 
+#: New objects after which Python looks for cycles while a replay runs.
+COLLECT_EVERY: Final = 100_000
 #: What pre-passes may unpack of a canonical event.
 EVENT_COLUMNS: Final = (
     "seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf",
@@ -178,4 +182,16 @@ def replay_dataset(
     if jobs > 1 and parallel.can_part(settings):
         parts = parallel.replay_systems(dataset, settings, new, jobs, progress, answers)
         done = dict(zip(new, parts, strict=True))
-    return [record for name in names for record in (done[name] if name in done else sessions[name].records())]
+    with _rarely_collected():
+        return [record for name in names for record in (done[name] if name in done else sessions[name].records())]
+
+
+@contextmanager
+def _rarely_collected() -> Iterator[None]:
+    """A replay makes many objects and hardly a cycle: looking for cycles as often as usual takes an eighth of it."""
+    usual = gc.get_threshold()
+    gc.set_threshold(COLLECT_EVERY, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
