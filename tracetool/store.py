@@ -43,11 +43,13 @@ ROW_GROUP: Final = 512 << 10
 #: column), so in a long recording they are larger: by one more of this size and of PENDING_BYTES ...
 FULL_ROWS: Final = 32 << 10
 #: ... with each so many rows of all tables, up to so many times.
-MORE_EVERY, MOST_TIMES = 128 << 20, 3
+MORE_EVERY, MOST_TIMES = 64 << 20, 3
+#: Freed memory between what stays is given back each so many times that rows are written.
+GIVE_BACK_EVERY: Final = 16
 #: Bytes of new rows after which it is decided what is written and what waits.
 FRESH_BYTES: Final = 20 << 20
 #: Rows of a row group of canonical events, which are wide.
-EVENT_GROUP: Final = 128 << 10
+EVENT_GROUP: Final = 64 << 10
 #: Canonical events that are handed to a machine at a time.
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group.
@@ -239,6 +241,7 @@ class DatasetWriter:
         self.staging = target.parent / f".{target.name}.partial-{os.getpid()}"
         self.writers: dict[str, _TableWriter] = {}
         self.fresh_bytes = 0
+        self.flushes = 0
         self.gaps: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
 
@@ -294,6 +297,7 @@ class DatasetWriter:
             elif writer.pending_rows:
                 waiting.append((writer.compact(), name))
         self.fresh_bytes = 0
+        self.flushes += 1
         pending = sum(size for size, _ in waiting)
         if pending > times * PENDING_BYTES:
             for size, name in sorted(waiting, reverse=True):
@@ -301,6 +305,8 @@ class DatasetWriter:
                 pending -= size
                 if pending <= times * PENDING_BYTES // 2:
                     break
+        if self.flushes % GIVE_BACK_EVERY == 0:
+            _give_back()
 
     def add_gap(self, gap: Gap, source: str, t0_ns: int | None, t1_ns: int | None) -> None:
         """A gap, its ends in dataset time."""
