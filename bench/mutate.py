@@ -285,8 +285,22 @@ def mutated(mutant: Mutant) -> tuple[Any, bool]:
     return code, code == original
 
 
+@cache
+def _drops(path: str) -> dict[int, Text]:
+    """What each drop of a file takes away."""
+    mutator = _Mutator()
+    mutator.visit(_docless(ast.parse(_source(path))))
+    return {
+        index: Text(inside, _head(owner), "pass")
+        for (operator, index, _), (inside, owner) in zip(mutator.places, mutator.owners, strict=True)
+        if operator == "drop"
+    }
+
+
 def described(mutant: Mutant) -> Text:
     """The change in words of the source."""
+    if mutant.operator == "drop" and mutant.index in _drops(mutant.path):
+        return _drops(mutant.path)[mutant.index]
     mutator = _Mutator(mutant.operator, mutant.index)
     mutator.visit(_docless(ast.parse(_source(mutant.path))))
     return Text(mutator.inside, mutator.before, mutator.after())
