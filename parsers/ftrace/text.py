@@ -25,7 +25,7 @@ __all__ = ["FtraceTextReader", "PerfScriptReader", "TraceCmdReportReader"]
 
 #: Bytes of a batch. Every event of a batch costs some calls, however few records it has; memory grows by 7 MiB for
 #: each MiB of this.
-BATCH = 20 << 20
+BATCH = 24 << 20
 #: A line longer than this is not an event (a ring-buffer record fits in a sub-buffer).
 LONGEST = 1 << 20
 #: Zeros after a batch, for what looks beyond a short last line.

@@ -11,7 +11,7 @@ __all__ = ["BATCH", "MAGIC", "NOTES", "NS_CLOCKS", "TSC_CLOCKS", "Limit", "Optio
 MAGIC = b"\x17\x08\x44tracing"
 
 #: Ring-buffer bytes taken per batch; bounds the memory of a chunk.
-BATCH = 12 << 20
+BATCH = 16 << 20
 
 
 class Option(IntEnum):
