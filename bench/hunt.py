@@ -202,7 +202,7 @@ class Hunt:
         wrong: list[str] = []
         systems = (self.system, *ALSO.get(self.system, ()))
         for number in numbers:
-            for system, flavour in ((s, f) for s in systems for f in self.flavours or flavours(s)):
+            for system, flavour in [(s, f) for s in systems for f in flavours(s) if not self.flavours or f in self.flavours]:
                 signal.signal(signal.SIGPROF, _late)
                 signal.setitimer(signal.ITIMER_PROF, LIMIT)
                 try:

@@ -479,18 +479,12 @@ def run_sample(
             by = caught[mutant.path, *astuple(texts[mutant])]
             results.append({**asdict(mutant), "verdict": "caught", "by": by, **asdict(texts[mutant])})
         left = budget - (time.monotonic() - start)
-        if left <= 0:
-            for mutant in mutants:
-                text = texts[mutant]
-                verdict, by = before.get((mutant.path, *astuple(text)), ("survived", "not judged"))
-                if reason := known.get(mutant.path, text):
-                    verdict, by = "equivalent", f"listed: {reason}"
-                results.append({**asdict(mutant), "verdict": verdict, "by": by, **asdict(text)})
-            continue
-        for message in _warm(system, mutants, left):
+        judged: set[int] = set()
+        for message in _warm(system, mutants, left) if left > 0 else ():
             if "units" in message:
                 print(f"{system}: {message['units']} tests, {message['seconds']} s", file=sys.stderr, flush=True)
                 continue
+            judged.add(message["number"])
             mutant, verdict, by = mutants[message["number"]], message["verdict"], message["by"]
             text = texts[mutant]
             reason = known.get(mutant.path, text)
@@ -502,6 +496,12 @@ def run_sample(
             if verdict == "survived":
                 where = f"{mutant.path}:{mutant.line} {mutant.operator}"
                 print(f"{len(results)}/{len(mutants)} survived {where}", file=sys.stderr, flush=True)
+        for mutant in [m for number, m in enumerate(mutants) if number not in judged and before]:
+            text = texts[mutant]
+            verdict, by = before.get((mutant.path, *astuple(text)), ("survived", "not judged"))
+            if reason := known.get(mutant.path, text):
+                verdict, by = "equivalent", f"listed: {reason}"
+            results.append({**asdict(mutant), "verdict": verdict, "by": by, **asdict(text)})
     return results
 
 
