@@ -610,6 +610,18 @@ def test_a_gap_on_a_cpu_leaves_the_others_alone_but_no_vcpu() -> None:
     assert codes(replay([lost(50, 2), eoi(100)])) == []  # cpu 1 appears after the gap
 
 
+def test_while_records_of_a_cpu_are_lost_a_vcpu_may_have_been_there() -> None:
+    """Between two of its events it took an interrupt, or ended one, on the CPU that nobody sees."""
+    begins = (20, "trace.lost", {"cpu": 2, "val": 20, "flags": 1})
+    moved = [begins, *serve(100, 0x31, VCPU), eoi(150, None, VCPU), *take(200, 0x31, VCPU), *take(300, 0x31, VCPU)]
+    assert codes(replay([*moved, (400, "trace.lost", {"cpu": 2, "val": 20})])) == []
+    # Before and after it, and on CPUs themselves, nothing is forgiven.
+    assert codes(replay([*take(1, 0x31, VCPU), *take(2, 0x31, VCPU), *moved])) != []
+    over = [*moved, (400, "trace.lost", {"cpu": 2, "val": 20}), *take(500, 0x31, VCPU), *take(600, 0x31, VCPU)]
+    assert codes(replay(over)) == [INVERSION]
+    assert codes(replay([begins, *take(100, 0x31), *take(200, 0x31)])) != []
+
+
 def test_a_gap_of_all_cpus_is_nobodys_processor() -> None:
     """The first vCPU of domain 0 keeps its name after it."""
     first: Who = {"dom": 0, "vcpu": 0}

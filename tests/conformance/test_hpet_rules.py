@@ -148,6 +148,19 @@ def programmed(t: int, channel: int, cpu: int, owner: int, at: int, reason: int 
     return e(t, "hpet.program", obj=channel, cpu=cpu, tgt=owner, val=at, val2=reason)
 
 
+def test_while_records_of_a_cpu_are_lost_it_may_have_moved_a_channel() -> None:
+    """Pointed at CPU 0 where everybody sees it; CPU 3, which nobody sees, then takes it and gives it to CPU 2."""
+    lost = [e(1 * MS, "trace.lost", cpu=3, val=0, flags=1), e(50 * MS, "trace.lost", cpu=3, val=1 * MS)]
+    sleeps = [asleep(0, 2 * MS + 1000, 9 * MS), asleep(2, 3 * MS, 5 * MS)]
+    woken = [*handled(0, 2, 8 * MS), e(8 * MS + 20 * US, "idle.exit", cpu=2, obj=0, tgt=1)]
+    pointed = e(2 * MS, "hpet.retarget", obj=0, cpu=0, tgt=0)
+    named = programmed(2 * MS, 0, 0, 0, 11 * MS)
+    for stock, told, level in ((True, pointed, "warn"), (False, named, "error")):
+        assert found(replayed([*lost, told, *sleeps, *woken], stock=stock), "hpet-wrong-cpu") == []
+        seen = found(replayed([told, *sleeps, *woken], stock=stock), "hpet-wrong-cpu")
+        assert seen == [(8 * MS, level, 2, 0, 0)]
+
+
 def test_with_a_named_owner_the_wrong_cpu_is_an_error() -> None:
     events = [programmed(0, 0, 1, 1, 2 * MS), asleep(1, 10 * US, 2 * MS), *handled(0, 2, 2 * MS)]
     assert found(replayed(events), "hpet-wrong-cpu") == [(2 * MS, "error", 2, 0, 1)]

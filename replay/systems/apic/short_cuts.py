@@ -330,7 +330,7 @@ class QuickApicMachine(ApicMachine):
         self.now = self.times[row]
         kind: int = self.kinds[row]
         p = lane.processor
-        if p is not None and kind in (ACCEPT, DELIVER, EOI):
+        if p is not None and kind in (ACCEPT, DELIVER, EOI) and not self.open_gaps:
             vector: int = self.vectors[row]
             seq: int = self.seqs[row]
             if kind == EOI:
@@ -353,7 +353,7 @@ class QuickApicMachine(ApicMachine):
         """Registers to lane: find out whether the processor is calm. A TPR that holds a class back is for the rules,
         and so is the request that puts the next watch into the agenda."""
         p = lane.processor
-        if p is None or self.shut or (self.watches(p) and not p.watched):
+        if p is None or self.shut or self.open_gaps or (self.watches(p) and not p.watched):
             return
         lapic = p.lapic
         if lapic.tmr or lapic.tpr >= FIRST_CLASS:  # UNKNOWN is below all

@@ -373,6 +373,8 @@ class RecordedBroadcast(Machine):
         self.max_nesting = max(self.max_nesting, depth)
         if depth > 1:
             self.nested(p, ch, depth, seq)
+        if self.open_gaps and not self.fixed_owners:
+            return  # U3: a CPU whose records are lost may have moved the channel
         if ch.owner != NONE:
             if ch.owner != p.index:
                 self.wrong_cpu(ch, p.index, ch.owner, seq, certain=True, story=self.target_story(ch))
