@@ -61,7 +61,9 @@ def replay(request: Request, *, json: bool, fail_on: str) -> int:
     dataset = open_dataset(request.target, request.options)
     runs = replayed(dataset, settings, request.jobs)
     if json:
-        print(contract(runs))
+        from tracetool.replaying import not_replayed
+
+        print(contract(runs, [c for rules in not_replayed(runs, dataset.manifest).values() for c in rules]))
     else:
         from tracetool.report import console
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,8 @@ from tracetool.answers import Answers
 from tracetool.store import Dataset
 
 __all__ = [
-    "Choice", "Settings", "blind_share", "checkable", "choose", "choose_recorded", "observations", "replay_dataset",
-    "rules_of",
+    "Choice", "Settings", "blind_share", "checkable", "choose", "choose_recorded", "not_replayed", "observations",
+    "replay_dataset", "rules_of",
 ]  # fmt: skip
 
 #: New objects after which Python looks for cycles while a replay runs.
@@ -109,17 +109,25 @@ def _own_policy(path: Path, name: str) -> Choice:
 
 def observations(dataset: Dataset) -> dict[str, Observation]:
     """How well the dataset shows each kind of event."""
-    return {k: Observation(o["conf"], o["how"]) for k, o in dataset.manifest.get("observed", {}).items()}
+    return _observed(dataset.manifest)
+
+
+def _observed(manifest: Mapping[str, Any]) -> dict[str, Observation]:
+    return {k: Observation(o["conf"], o["how"]) for k, o in (manifest.get("observed") or {}).items()}
 
 
 def rules_of(dataset: Dataset, system: System) -> list[Coverage]:
     """Coverage of a system's rules; without a clock frequency those with a threshold in ns are blind too."""
-    stated = dataset.manifest.get("facts", {}).get("blind", {})  # what the binding knows that kinds cannot say
+    return _rules_in(dataset.manifest, system)
+
+
+def _rules_in(manifest: Mapping[str, Any], system: System) -> list[Coverage]:
+    stated = (manifest.get("facts") or {}).get("blind", {})  # what the binding knows that kinds cannot say
     rules = [
         Coverage(c.rule, "blind", stated[c.rule]) if c.rule in stated and c.state != "blind" else c
-        for c in coverage(system, observations(dataset))
+        for c in coverage(system, _observed(manifest))
     ]
-    if dataset.manifest.get("clock", {}).get("unit", "ns") == "ns":
+    if (manifest.get("clock") or {}).get("unit", "ns") == "ns":
         return rules
     in_ns = {p.name for p in system.parameters if p.unit == "ns"}
     timed = {code.name for code in system.codes if in_ns & set(code.thresholds)}
@@ -131,6 +139,15 @@ def checkable(dataset: Dataset) -> dict[str, list[Coverage]]:
     """Coverage of every system of which at least one rule can be decided."""
     rules = {name: rules_of(dataset, SYSTEMS[name]) for name in SYSTEMS}
     return {name: r for name, r in rules.items() if any(c.state != "blind" for c in r)}
+
+
+def not_replayed(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> dict[str, list[Coverage]]:
+    """Coverage of the systems that no run is about: most can see nothing in the recording. Of a scenario, which has no
+    manifest, nothing can be said."""
+    if "observed" not in manifest:
+        return {}
+    done = {run["system"] for run in runs}
+    return {name: _rules_in(manifest, SYSTEMS[name]) for name in SYSTEMS if name not in done}
 
 
 def blind_share(dataset: Dataset) -> float:

@@ -185,12 +185,14 @@ def episode_key(group: Sequence[Mapping[str, Any]]) -> tuple[int, int, int, int]
     return SEVERITIES.index(first["severity"]), -first["confidence"], first.get("rank", 0), first["t_ns"]
 
 
-def contract(runs: Sequence[Mapping[str, Any]]) -> str:
-    """`replay --json`: the documented object, one line."""
+def contract(runs: Sequence[Mapping[str, Any]], others: Iterable[Coverage] = ()) -> str:
+    """`replay --json`: the documented object, one line. `others`: rules of systems that were not replayed."""
     rules: dict[str, dict[str, Any]] = {}
     for run in runs:
         for rule in run["coverage"]:
             rules.setdefault(rule["rule"], rule)
+    for c in others:
+        rules.setdefault(c.rule, {"rule": c.rule, "state": c.state, "reason": c.reason})
     document = {
         "schema": 1,
         "runs": [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from replay.systems import SYSTEMS
 from tests.shared import SAMPLES, shared_path
 from tracetool.cli import run
 
@@ -94,7 +95,9 @@ def test_replay_json_follows_the_contract(dataset: Path, tmp_path: Path) -> None
         "system", "policy", "mode", "verdict", "horizon_ns", "seen", "calibration", "findings", "suppressed", "metrics",
     ]  # fmt: skip
     assert verify["calibration"] is None and what_if["calibration"]["state"] in ("calibrated", "uncalibrated")
-    assert verify["seen"]["blind"] == sum(c["state"] == "blind" for c in document["coverage"])
+    states = {c["rule"]: c["state"] for c in document["coverage"]}
+    assert set(states) == {code.name for system in SYSTEMS.values() for code in system.codes}
+    assert verify["seen"]["blind"] == sum(states[code.name] == "blind" for code in SYSTEMS["hpet"].codes)
     assert (verify["system"], verify["policy"], verify["mode"]) == ("hpet", "current", "verify")
     assert (what_if["policy"], what_if["mode"]) == ("proposed", "what-if")
     assert what_if["horizon_ns"] is not None

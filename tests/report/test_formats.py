@@ -18,6 +18,7 @@ from parsers.recording import Gap
 from replay.coverage import coverage
 from replay.systems import SYSTEMS
 from tests.report import build
+from tracetool.replaying import not_replayed
 from tracetool.report import console, html, junit, markdown, stories, text, verdict
 from tracetool.report.recorded import Gaps
 from tracetool.report.vendor import PLOTLYJS_VERSION, plotlyjs
@@ -115,13 +116,19 @@ def test_blind_is_never_clean(handover: Made) -> None:
     page = html.render(data, [run])
     assert "b-clean" not in Reader(page).text and 'class="badge b-clean"' not in page
     assert 'class="badge b-checked"' not in page
-    assert page.count("cannot tell") == len(system.codes)
+    others = not_replayed([run], data.manifest)
+    assert set(others) == set(SYSTEMS) - {"hpet"}
+    assert page.count("cannot tell") == len(system.codes) + sum(map(len, others.values()))
     assert "not a clean bill" in page
     plain = text.render([run], data.manifest)
     assert plain.startswith("Inconclusive")
-    assert plain.count("BLIND") == len(system.codes)
-    suite = ET.fromstring(junit.render([run], data.manifest))[0]
+    assert plain.count("BLIND") == len(system.codes) + len(others)
+    suite, *unlooked = ET.fromstring(junit.render([run], data.manifest))
     assert len(suite.findall("testcase/skipped")) == len(system.codes)
+    assert [len(s.findall("testcase/skipped")) for s in unlooked] == [len(rules) for rules in others.values()]
+    every = {c.rule for rules in others.values() for c in rules} | {code.name for code in system.codes}
+    for words in (page, plain, markdown.render([run], data.manifest), junit.render([run], data.manifest)):
+        assert [name for name in every if name not in words] == []
     assert "clean" not in str(console.render([run], data.manifest)).replace("not a clean bill", "")
 
 

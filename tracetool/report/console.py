@@ -11,6 +11,7 @@ from typing import Any, Final
 from rich.text import Text
 
 from replay.systems import SYSTEMS
+from tracetool.replaying import not_replayed
 from tracetool.report import recorded, stories, verdict
 from tracetool.report.text import story_lines
 from tracetool.report.words import Times, clean, count, lines, number, plural, where
@@ -62,6 +63,9 @@ def render(
         out += [_line(f"  {key}: {why}") for key, why in reasons if key in verdict.REASONS and isinstance(why, str)]
     for run in runs:
         out += [_line(), *_run(run, times)]
+    others = [f"{name} ({plural(len(rules), 'rule')})" for name, rules in not_replayed(runs, manifest).items()]
+    if others and runs and not title:
+        out += [_line(), *(_line((x, "dim")) for x in lines(f"not replayed: {', '.join(others)}", WIDTH))]
     named = next((s.id for s in stories.stories(runs, times)[:1]), None)
     if named is not None and not title:
         out += [_line(), _line(("the story of a finding:  ", "dim"), f"tracetool explain {target} {named}")]

@@ -14,6 +14,7 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from replay.systems import SYSTEMS
 from tracetool import __version__
 from tracetool.report import facts, recorded, stories, verdict, words
 from tracetool.report.around import Events
@@ -110,7 +111,8 @@ def _document(whole: _Whole, limits: Limits, progress: Callable[[str, int, int],
         "verdict": verdict.overall(runs),
         "headline": verdict.headline(runs, times),
         "summaries": [verdict.run_summary(r, times) for r in runs],
-        "titles": {r["system"]: r.get("title", "") for r in runs},
+        "titles": {name: system.title for name, system in SYSTEMS.items()},
+        "replayed": {r["system"] for r in runs},
         "worst": [_line(s, times, place) for s in told[:FIRST] if s.severity != "info"],
         "sights": {r["system"]: facts.sentence((r.get("seen") or {}).get("text", "")) for r in verdict.primary(runs)},
         "facts": facts.facts(manifest, times),
@@ -125,7 +127,7 @@ def _document(whole: _Whole, limits: Limits, progress: Callable[[str, int, int],
         "gaps_total": len(gaps),
         "notes": notes[: limits.rows],
         "notes_more": max(0, len(notes) - limits.rows),
-        "rules": facts.by_system(verdict.rules(runs)),
+        "rules": facts.by_system(verdict.rules(runs, manifest)),
         "details": details,
         "rest": [_line(s, times, place) for s in listed],
         "beyond": _summed(beyond, times),

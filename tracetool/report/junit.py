@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from tracetool.replaying import not_replayed
 from tracetool.report import recorded, verdict
 from tracetool.report.words import clean, plural, where
 
@@ -57,5 +58,14 @@ def render(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> st
         ):  # fmt: skip
             ET.SubElement(properties, "property", name=name, value=clean(value))
         suite.extend(cases)
+    for system, rules in not_replayed(runs, manifest).items():
+        suite = ET.SubElement(
+            root, "testsuite", name=f"{system}, not replayed", tests=str(len(rules)), failures="0",
+            skipped=str(len(rules)), errors="0",
+        )  # fmt: skip
+        for rule in rules:
+            case = ET.SubElement(suite, "testcase", classname=system, name=rule.rule)
+            why = f"blind: {rule.reason}" if rule.state == "blind" else "not replayed"
+            ET.SubElement(case, "skipped", message=clean(why))
     ET.indent(root, " ")
     return ET.tostring(root, encoding="unicode", xml_declaration=False).join(('<?xml version="1.0"?>\n', "\n"))

@@ -55,7 +55,7 @@ def render(
     if gaps is not None:
         out += [f"* Gaps: {escape(plural(len(gaps), 'gap') if gaps else 'none known')}"]
     out += [""]
-    out += _coverage(runs)
+    out += _coverage(runs, manifest)
     told = stories.stories(runs, times, gaps=gaps or ())
     for story in told[:STORIES]:
         out += _story(story, times, gaps is not None)
@@ -82,8 +82,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", f"|{rule}|", *("| " + " | ".join(r) + " |" for r in rows), ""]
 
 
-def _coverage(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    rules = verdict.rules(runs)
+def _coverage(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[str]:
+    rules = verdict.rules(runs, manifest)
     if not rules:
         return []
     rows = [

@@ -33,7 +33,7 @@ def render(
     times = recorded.times_of(manifest)
     out = [*lines(verdict.headline(runs, times), width), ""]
     out += _recording(manifest, times, width, gaps)
-    out += _rules(runs, width)
+    out += _rules(runs, manifest, width)
     told = stories.stories(runs, times, gaps=gaps or ())
     for story in told[:STORIES]:
         out += [*story_lines(story, times, width, gaps_known=gaps is not None), ""]
@@ -86,9 +86,11 @@ def _recording(
     return [*out, ""]
 
 
-def _rules(runs: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    rules = verdict.rules(runs)
-    if not rules:
+def _rules(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], width: int) -> list[str]:
+    done = {run["system"] for run in runs}
+    every = verdict.rules(runs, manifest)
+    rules = [r for r in every if r.system in done]
+    if not every:
         return []
     states = {state: [r for r in rules if r.state == state] for state in ("checked", "inferred", "blind")}
     out = ["Rules: " + ", ".join(f"{len(v)} {k}" for k, v in states.items())]
@@ -96,6 +98,12 @@ def _rules(runs: Sequence[Mapping[str, Any]], width: int) -> list[str]:
         out += lines(f"inferred {rule.name}: {rule.reason}", width, indent="    ", first="  ")
     for rule in states["blind"]:
         out += lines(f"BLIND {rule.name}: {rule.reason}", width, indent="    ", first="  ")
+    for system in dict.fromkeys(r.system for r in every if r.system not in done):
+        for state in ("checked", "inferred", "blind"):
+            names = [r.name for r in every if r.system == system and r.state == state]
+            if names:
+                head = f"{system} not replayed, {state.upper() if state == 'blind' else state}: "
+                out += lines(head + ", ".join(names), width, indent="    ", first="  ")
     return [*out, ""]
 
 

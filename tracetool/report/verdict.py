@@ -13,6 +13,7 @@ from typing import Any, Final
 from replay.declare import Code
 from replay.generic import CODES as GENERIC
 from replay.systems import SYSTEMS
+from tracetool.replaying import not_replayed
 from tracetool.report.words import Times, count, number, plural, where
 from tracetool.results import SEVERITIES, episode_key, fold
 
@@ -28,7 +29,8 @@ REASONS: Final = frozenset({"binding", *SYSTEMS})
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of the coverage table. `findings` is None when the rule was blind: nothing can be said then."""
+    """One line of the coverage table. `findings` is None when the rule was blind or no run looked: nothing can be said
+    then."""
 
     system: str
     name: str
@@ -192,8 +194,9 @@ def _one_per_system(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return list(chosen.values())
 
 
-def rules(runs: Sequence[Mapping[str, Any]]) -> list[Rule]:
-    """The coverage table: for each system its rules as declared, with what was found by the run that was judged."""
+def rules(runs: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> list[Rule]:
+    """The coverage table: for each system its rules as declared, with what was found by the run that was judged; last
+    the systems that were not replayed."""
     table = []
     for run in _one_per_system(primary(runs)):
         found: dict[str, list[Mapping[str, Any]]] = {}
@@ -209,6 +212,11 @@ def rules(runs: Sequence[Mapping[str, Any]]) -> list[Rule]:
                     None if blind else len(mine), next(iter(severities(mine)), ""),
                 )
             )  # fmt: skip
+    for system, lines in not_replayed(runs, manifest).items():
+        docs = {code.name: code.doc for code in SYSTEMS[system].codes}
+        for c in lines:
+            reason = c.reason if c.state == "blind" else f"not replayed; {c.reason}".rstrip("; ")
+            table.append(Rule(system, c.rule, c.state, reason, docs.get(c.rule, ""), None, ""))
     return table
 
 
