@@ -14,6 +14,8 @@ from replay.coverage import Observation
 
 __all__ = ["FORMATS", "bind", "clock_hz"]
 
+#: Records that are bound together: samples make up to eight events of one, so fewer than elsewhere.
+SLICE: Final = 1 << 18
 #: Formats of the readers whose tables this binding understands.
 FORMATS: Final = ("trace.dat", "ftrace", "trace-cmd-report", "perf-script", "systrace")
 
@@ -71,7 +73,7 @@ def _add(observed: dict[str, Observation], more: Mapping[str, Observation]) -> N
 def _batches(source: Source, context: Context, binders: tuple[Any, ...]) -> Iterator[pa.Table]:
     assembler = Assembler(context.source)
     lost = lost_events(context)
-    for lo, hi in slices(context.rows):
+    for lo, hi in slices(context.rows, SLICE):
         frames = [frame for binder in binders for frame in binder.events(lo, hi)]
         frames += source.mapped_events(lo, hi)
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height), default=None)
