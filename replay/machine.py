@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from replay.agenda import SOFTWARE, Agenda
 from replay.compiled import mypyc_attr
@@ -20,7 +20,10 @@ from replay.sink import Sink
 if TYPE_CHECKING:
     from replay.bodies import Measured
 
-__all__ = ["Machine"]
+__all__ = ["GAP_BEGINS", "Machine"]
+
+#: Flag of trace.lost: from here on records of the CPU are missing, until the next trace.lost of that CPU.
+GAP_BEGINS: Final = 1
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -34,6 +37,7 @@ class Machine:
         self.sink = sink
         self.agenda = Agenda()
         self.now = 0  # ns
+        self.open_gaps = 0  # stretches of lost records that have begun and not ended
         #: Whether the events begin with the system's own beginning. If not, all state starts unknown (U1).
         self.from_boot = True
         #: Kinds that the recording can show; None means all of them (scenarios). Rules that lack one stay silent.
@@ -97,6 +101,10 @@ class Machine:
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         """Records of `cpu` (NONE: all) between t0 and t1 are lost: what they could have written is unknown (U2)."""
+
+    def gap(self, flags: int) -> None:
+        """`trace.lost`: a stretch of lost records begins or ends."""
+        self.open_gaps = max(0, self.open_gaps + (1 if flags & GAP_BEGINS else -1))
 
     def metrics(self) -> dict[str, int]:
         """Named numbers of the run (spec I.5); names are those of the scenarios."""

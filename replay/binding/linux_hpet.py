@@ -19,7 +19,7 @@ from replay.binding.base import event
 from replay.binding.linux_probes import Source
 from replay.coverage import Observation
 
-__all__ = ["Armed", "Binder", "Survey", "survey"]
+__all__ = ["Armed", "Binder", "Survey", "numbered", "survey"]
 
 PROGRAM: Final = "clockevents_program_event"
 SET_NEXT: Final = "hpet_clkevt_set_next_event"
@@ -83,6 +83,14 @@ def survey(source: Source, named: dict[int, int], takes: dict[int, int], offset_
         if source.probed(MSI, returns=True):
             found.observed["hpet.handler.end"] = Observation(100, f"return of {MSI}")
     return found
+
+
+def numbered(key: pl.Expr, numbers: dict[int, int]) -> pl.Expr:
+    """The channel's number by irq, address or CPU; null for any other."""
+    if not numbers:
+        return pl.lit(None, pl.Int64)
+    key = key.cast(pl.Int64)
+    return key.replace_strict(list(numbers), list(numbers.values()), default=None, return_dtype=pl.Int64)
 
 
 def _names(source: Source) -> dict[int, int]:
@@ -170,22 +178,17 @@ class Binder:
             for returns, kind, rank in ((False, "hpet.handler.begin", -1), (True, "hpet.handler.end", 2)):
                 frame = self.source.probe(MSI, lo, hi, *(() if returns else ("irq",)), returns=returns)
                 if frame is not None and not returns:
-                    channel = self._number(pl.col("irq"), self.found.irqs)
+                    channel = numbered(pl.col("irq"), self.found.irqs)
                     yield event(frame, kind, MSI, obj=channel, val=pl.col("irq"), rank=rank)
                 elif frame is not None:
                     yield event(frame, kind, MSI, obj=self._of_cpu(), rank=rank)
 
     def _program(self, programs: pl.DataFrame) -> pl.DataFrame:
-        frame = programs.with_columns(channel=self._number(pl.col("dev"), self.found.devices))
+        frame = programs.with_columns(channel=numbered(pl.col("dev"), self.found.devices))
         frame = frame.filter(pl.col("channel").is_not_null())
         armed = pl.lit(None, pl.Int64) if self.offset_ns is None else pl.col("expires") - self.offset_ns
         return event(frame, "hpet.program", PROGRAM, obj=pl.col("channel"), tgt=pl.col("cpu"), val=armed)
 
-    @staticmethod
-    def _number(key: pl.Expr, numbers: dict[int, int]) -> pl.Expr:
-        return key.replace_strict(list(numbers), list(numbers.values()), default=None, return_dtype=pl.Int64)
-
     def _of_cpu(self) -> pl.Expr:
         """A return names no irq: the channel of the CPU that it is on."""
-        by_cpu = {cpu: n for n, cpu in self.found.owners.items()} or {-1: -1}
-        return self._number(pl.col("cpu").cast(pl.Int64), by_cpu)
+        return numbered(pl.col("cpu"), {cpu: n for n, cpu in self.found.owners.items()})

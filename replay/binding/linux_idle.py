@@ -222,12 +222,7 @@ class Binder:
             yield event(frame, kind, name, obj=pl.col("channel"), val=pl.col("irq"), rank=rank)
 
     def _channel(self) -> pl.Expr:
-        known = self.found.channels
-        if not known:
-            return pl.lit(None, pl.Int64)
-        return pl.col("irq").cast(pl.Int64).replace_strict(
-            list(known), list(known.values()), default=None, return_dtype=pl.Int64
-        )  # fmt: skip
+        return linux_hpet.numbered(pl.col("irq"), self.found.channels)
 
     def _wakers(self, lo: int, hi: int) -> pl.DataFrame:
         """Interrupt entries: seq, cpu, when, irq (null for vectors) and channel."""

@@ -36,8 +36,6 @@ SNAPSHOT: Final = KIND_ID["lapic.snapshot"]
 RUN: Final = KIND_ID["sched.run"]
 STOP: Final = KIND_ID["sched.stop"]
 LOST: Final = KIND_ID["trace.lost"]
-#: Flag of trace.lost: from here on records of the CPU are missing, until the next trace.lost of that CPU.
-GAP_BEGINS: Final = 1
 IOAPIC_LINE: Final = KIND_ID["ioapic.line"]
 IOAPIC_RTE: Final = KIND_ID["ioapic.rte"]
 IOAPIC_CHECK: Final = KIND_ID["ioapic.check"]
@@ -79,7 +77,6 @@ class ApicMachine(Machine):
         self.on_cpu: dict[int, int] = {}  # which vCPU runs on a physical CPU, for taint
         self.started = False
         self.born: set[int] = set()  # domains created in the recording: their LAPICs start empty
-        self.open_gaps = 0  # stretches of lost records that have begun and not ended
         self.irr_coalesced = 0
         self.exits_traced = True
         self.config = config
@@ -122,7 +119,7 @@ class ApicMachine(Machine):
             self.block(kind, seq, dom, obj, tgt, val, val2)
             return
         if kind == LOST:  # of all CPUs at once it belongs to no processor
-            self.open_gaps = max(0, self.open_gaps + (1 if flags & GAP_BEGINS else -1))
+            self.gap(flags)
             self.taint(cpu, val, self.now)
             return
         if kind in (ACCEPT, DELIVER, EXIT) and not 0 <= obj < VECTORS:

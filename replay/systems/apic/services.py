@@ -11,7 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["Runs", "find_runs"]
+__all__ = ["OVERLOOKED", "Runs", "find_runs"]
+
+#: The step of rows that end no run, though they lie in it.
+OVERLOOKED: Final = 0xFF
 
 #: Rows of a run's end that a story can be about: three services.
 LAST: Final = 3
@@ -68,8 +71,8 @@ class Runs:
 
 def find_runs(slots: Any, steps: Any, vectors: Any, times: Any, pattern: tuple[int, ...], patience: int) -> Runs | None:
     """Runs of services: rows of one slot with the steps of `pattern` (the last is an EOI, that may name no vector: 0)
-    and one vector, delivered within `patience` ns of the request; None without any. A step of 0xFF is overlooked."""
-    order = np.flatnonzero(steps != 0xFF)
+    and one vector, delivered within `patience` ns of the request; None without any. OVERLOOKED steps end no run."""
+    order = np.flatnonzero(steps != OVERLOOKED)
     size = len(pattern)
     if len(order) < size:
         return None

@@ -11,7 +11,8 @@ of its kind, vector and processor; so the first one in a batch always goes the l
 to learn. Row numbers stand for time and event number until somebody asks.
 
 Whole services that follow each other on a calm processor are one step of the loop (`services`), taken when the first
-row comes. Where that row finds the processor not calm, the rows of that processor go one by one to the stretch's end.
+row comes. Where that row finds the processor not calm, the rows of the run go one by one, and after a few such runs all
+rows of that processor to the stretch's end.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from replay.systems.apic.machine import (
     LOST,
     ApicMachine,
 )
-from replay.systems.apic.services import Runs, find_runs
+from replay.systems.apic.services import OVERLOOKED, Runs, find_runs
 from replay.systems.apic.state import STORY, Processor
 
 __all__ = ["QuickApicMachine"]
@@ -60,7 +61,6 @@ TO_EOI: Final = 3
 TO_IDLE: Final = 4
 TO_SERVE: Final = 5  # a run of whole services
 STEPS: Final = 8  # a power of two above them
-OVERLOOKED: Final = 0xFF
 
 #: Rows that are looked at together.
 STRIDE: Final = 1 << 15

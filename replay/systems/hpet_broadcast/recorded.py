@@ -16,7 +16,7 @@ from replay.agenda import SOFTWARE
 from replay.declare import Config
 from replay.events import INF, KIND_ID, KINDS, NIL, NONE
 from replay.knowledge import UNKNOWN
-from replay.machine import Machine
+from replay.machine import GAP_BEGINS, Machine
 from replay.sink import Evidence, Sink
 from replay.systems.hpet_broadcast import codes
 from replay.systems.hpet_broadcast.comparators import ORPHAN_CHECK, OWNER_CHECK, ComparatorRules
@@ -36,8 +36,6 @@ ISR_BEGIN: Final = KIND_ID["isr.begin"]
 ISR_END: Final = KIND_ID["isr.end"]
 LOST: Final = KIND_ID["trace.lost"]
 
-#: Flag of trace.lost.
-GAP_BEGINS: Final = 1
 #: Flag of hpet.retarget: the move was refused.
 REFUSED: Final = 1
 
@@ -137,7 +135,6 @@ class RecordedBroadcast(Machine):
         self.handlers_recorded: bool
         self.ends_recorded: bool
         self.handler_conf: int  # how sure it is that a handler is a channel's
-        self.open_gaps = 0
         self.gap_end = -1
         self.handlers = 0
         self.own_wakes = 0
@@ -189,7 +186,7 @@ class RecordedBroadcast(Machine):
             elif kind == ISR_END:
                 self.comparators.isr_end(cpu, obj)
             elif kind == LOST:
-                self.gap(cpu, flags)
+                self.gap(flags)
                 self.taint(cpu, val, t)
 
     def cpu(self, index: int) -> _Cpu:
@@ -467,12 +464,10 @@ class RecordedBroadcast(Machine):
 
     # -- ignorance ---------------------------------------------------------------------------------------------
 
-    def gap(self, cpu: int, flags: int) -> None:
-        """A stretch of lost records begins or ends: who woke whom cannot be told in it."""
-        if flags & GAP_BEGINS:
-            self.open_gaps += 1
-        else:
-            self.open_gaps = max(0, self.open_gaps - 1)
+    def gap(self, flags: int) -> None:
+        """Who woke whom cannot be told in a stretch of lost records."""
+        super().gap(flags)
+        if not flags & GAP_BEGINS:
             self.gap_end = self.now
 
     def all_seen_since(self, t: int) -> bool:
