@@ -4,7 +4,7 @@ A mutant is one small change of one machine: a comparison negated, a guard negat
 constant changed. Each runs the conformance scenarios, the seeded bugs, the rule tests and the pinned runs of its system
 that reach its line, in a process of its own with a time limit; the files on disk are not touched. Pinned runs say only
 that something has changed, the others what is right. A mutant that no test notices *survived*. One is *equivalent* and
-does not count when its compiled code equals the original's, or when `equivalent_mutants.toml` says why nobody can tell
+does not count when its compiled code equals the original's, or when `equivalent_mutants/` says why nobody can tell
 it from the original; those are counted apart, and judged all the same: one that is listed and caught is an error in the
 list. Without --sample every mutant is judged.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Mutants that change nothing anybody can see, each with its reason.
-EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants")
 #: Folder of each system; what lies in hardware/ counts for the system whose tests exercise it.
 FOLDERS = {
     "hpet": "hpet_broadcast",
@@ -307,12 +307,10 @@ def described(mutant: Mutant) -> Text:
 
 
 def listed(kind: str = "mutant") -> list[dict[str, Any]]:
-    """Entries of `equivalent_mutants.toml`: file, in, original, mutated, reason. Of kind `mutant` they are texts, of
+    """Entries of `equivalent_mutants/SYSTEM.toml`: file, in, original, mutated, reason. Of kind `mutant` they are texts, of
     kind `pattern` regular expressions for the whole of each; what is left out matches everything."""
-    if not EQUIVALENT.exists():
-        return []
-    entries: list[dict[str, Any]] = tomllib.loads(EQUIVALENT.read_text(encoding="utf-8")).get(kind, [])
-    return entries
+    files = sorted(EQUIVALENT.glob("*.toml"))
+    return [entry for file in files for entry in tomllib.loads(file.read_text(encoding="utf-8")).get(kind, [])]
 
 
 class Reasons:
