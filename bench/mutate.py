@@ -307,8 +307,8 @@ def described(mutant: Mutant) -> Text:
 
 
 def listed(kind: str = "mutant") -> list[dict[str, Any]]:
-    """Entries of `equivalent_mutants/SYSTEM.toml`: file, in, original, mutated, reason. Of kind `mutant` they are texts, of
-    kind `pattern` regular expressions for the whole of each; what is left out matches everything."""
+    """Entries of `equivalent_mutants/*.toml`: file, in, original, mutated, reason. Of kind `mutant` they are texts,
+    of kind `pattern` regular expressions for the whole of each; what is left out matches everything."""
     files = sorted(EQUIVALENT.glob("*.toml"))
     return [entry for file in files for entry in tomllib.loads(file.read_text(encoding="utf-8")).get(kind, [])]
 
