@@ -7,12 +7,13 @@ service, nothing else) a request, a delivery and an EOI move it to the next of t
 (`restore`) and then goes to the method of its rule.
 
 What a rule *learns* from an event (a bit of IRR or a class of ISR is known from now on) it learns from the first event
-of its kind, vector and processor; so the first one in a batch always goes the long way, and the short cut has nothing
-to learn. Row numbers stand for time and event number until somebody asks.
+of its kind, vector and processor, until the processor's state is forgotten or reset (`generation`); so that one always
+goes the long way, and the short cut has nothing to learn. Row numbers stand for time and event number until somebody
+asks.
 
 Whole services that follow each other on a calm processor are one step of the loop (`services`), taken when the first
-row comes. Where that row finds the processor not calm, the rows of the run go one by one, and after a few such runs all
-rows of that processor to the stretch's end.
+row comes. Where that row finds the processor not calm, the rows of the first service go one by one and the run begins
+after it; when that has happened a few times, all rows of that processor to the stretch's end go one by one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from replay.systems.apic.machine import (
     LOST,
     ApicMachine,
 )
-from replay.systems.apic.services import OVERLOOKED, Runs, find_runs
+from replay.systems.apic.services import BYTE, OVERLOOKED, Runs, find_runs
 from replay.systems.apic.state import STORY, Processor
 
 __all__ = ["QuickApicMachine"]
@@ -64,8 +65,8 @@ STEPS: Final = 8  # a power of two above them
 
 #: Rows that are looked at together.
 STRIDE: Final = 1 << 15
-#: Runs of services of a processor that are tried in a stretch, though it was not calm when one began.
-TRIES: Final = 4
+#: Times that runs of services of a processor are tried in a stretch, though it was not calm when one began.
+TRIES: Final = 32
 #: The lowest TPR that holds vectors back.
 FIRST_CLASS: Final = 1 << 4
 #: In place of the vector of an EOI that names none.
@@ -81,12 +82,13 @@ class Lane:
     `vector` is the one requested last, or in service; `outer` the one below it in service (ASKED_AGAIN, NESTED).
     `asked`, `entered`, `outer_entered` and `ended` are the rows of the last request, deliveries and EOI taken here, -1
     for none; then the one time that matters is `kept`, from the registers. `rows` are deliveries and EOIs, the
-    last of them for the story. `whole`: runs of services may be taken.
+    last of them for the story. `whole`: runs of services may be taken. `learnt`: steps and vectors of which the rules
+    have seen an event since `generation` of the processor began, as step * VECTORS + vector.
     """
 
     __slots__ = (
-        "asked", "ended", "entered", "eois", "kept", "key", "outer", "outer_entered", "processor", "rows", "state",
-        "vector", "whole",
+        "asked", "ended", "entered", "eois", "generation", "kept", "key", "learnt", "outer", "outer_entered",
+        "processor", "rows", "state", "vector", "whole",
     )  # fmt: skip
 
     def __init__(self, key: int) -> None:
@@ -103,6 +105,8 @@ class Lane:
         self.ended: int = -1
         self.rows: list[int] = []
         self.whole: bool = True
+        self.learnt: set[int] = set()
+        self.generation: int = 0
 
 
 class QuickApicMachine(ApicMachine):
@@ -137,7 +141,7 @@ class QuickApicMachine(ApicMachine):
         kinds = batch.array("kind")
         vectors = batch.array("obj")
         slots, lanes = self.assign(batch)
-        steps = self.plan(batch, slots, len(lanes))
+        steps, first = self.plan(batch, slots, lanes)
         self.batch = batch
         self.kinds = memoryview(kinds)
         self.vectors = memoryview(vectors)
@@ -148,12 +152,20 @@ class QuickApicMachine(ApicMachine):
         counts = self.deliveries(kinds, vectors, slots, lanes)
         self.take_rows(
             lanes, slots, steps,
-            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).astype(np.int64),
+            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).astype(np.uint8),
         )  # fmt: skip
         for lane, vector, count in counts:
             self.processors[lane.key].deliveries[vector] = count  # whatever the methods of the rules counted
+        for lane, learnt in first:
+            if lane.generation == self.generation(lane):
+                lane.learnt.add(learnt)
         self.now = self.times[len(batch) - 1]
         self.batch = None
+
+    def generation(self, lane: Lane) -> int:
+        """The processor's; the first one where it has not appeared yet."""
+        p = self.processors.get(lane.key)
+        return 0 if p is None else p.generation
 
     def deliveries(self, kinds: Any, vectors: Any, slots: Any, lanes: list[Lane]) -> list[tuple[Lane, int, int]]:
         """Deliveries of each processor and vector after this stretch."""
@@ -184,8 +196,8 @@ class QuickApicMachine(ApicMachine):
             lanes.append(lane)
         return slots, lanes
 
-    def plan(self, batch: Batch, slots: Any, lanes: int) -> Any:
-        """For each row its step; SLOW where only a rule's method will do."""
+    def plan(self, batch: Batch, slots: Any, lanes: list[Lane]) -> tuple[Any, list[tuple[Lane, int]]]:
+        """For each row its step; SLOW where only a rule's method will do. And what the rules will have learnt then."""
         vectors = batch.array("obj")
         steps = _STEP[batch.array("kind")]
         takes_vector = (steps == TO_ACCEPT) | (steps == TO_DELIVER)
@@ -195,15 +207,26 @@ class QuickApicMachine(ApicMachine):
         slow |= (steps == TO_EOI) & (self.exits_traced | (vectors == UNNAMED) | (vectors >= VECTORS))
         steps[slow] = SLOW
         which = (slots * STEPS + steps) * VECTORS + np.where(takes_vector & ~slow, vectors, 0)
-        steps[first_of_each(which, lanes * STEPS * VECTORS)] = SLOW
-        return steps
+        rows = first_of_each(which, len(lanes) * STEPS * VECTORS)
+        for lane in lanes:
+            generation = self.generation(lane)
+            if lane.generation != generation:
+                lane.generation = generation
+                lane.learnt.clear()
+        new = []
+        for row, index in zip(rows.tolist(), which[rows].tolist(), strict=True):
+            slot, learnt = divmod(index, STEPS * VECTORS)
+            if learnt not in lanes[slot].learnt:
+                steps[row] = SLOW
+                new.append((lanes[slot], learnt))
+        return steps, new
 
     def take_rows(self, lanes: list[Lane], slots: Any, steps: Any, vectors: Any) -> None:
         """All rows of the stretch; runs of services at their first row, if their processor is calm then."""
-        self.runs = runs = self.whole_services(slots, steps, vectors)
+        self.runs = runs = self.whole_services(slots, len(lanes), steps, vectors)
         self.taken = []
         codes = steps.copy()
-        values = vectors.copy()
+        values = vectors.astype(np.int64)
         left = np.ones(len(steps), np.bool_)
         if runs is not None:
             codes[runs.heads] = TO_SERVE
@@ -211,19 +234,27 @@ class QuickApicMachine(ApicMachine):
             left = ~runs.tails & (steps != TO_IDLE)  # a halt teaches once
         of_row = np.array(lanes, object)
         tried = dict.fromkeys(range(len(lanes)), 0)
+        for lane in lanes:
+            self.settle(lane)
         at = 0
         while at >= 0:
             rows = np.flatnonzero(left[at:]) + at
             at = self.run_rows(
                 rows.tolist(), of_row[slots[rows]].tolist(), codes[rows].tolist(), values[rows].tolist()
             )
-            if at >= 0 and runs is not None:  # not calm: this run, in the end all of the processor, row by row
+            if at >= 0 and runs is not None:  # not calm: this service, in the end all of the processor, row by row
                 slot = int(slots[at])
                 tried[slot] += 1
-                rows = runs.rows(values[at]) if tried[slot] < TRIES else np.flatnonzero(slots[at:] == slot) + at
+                run = int(values[at])
+                rows = runs.shorten(run) if tried[slot] < TRIES else np.flatnonzero(slots[at:] == slot) + at
                 codes[rows] = steps[rows]
                 values[rows] = vectors[rows]
                 left[rows] = True
+                head = runs.head(run) if tried[slot] < TRIES else -1
+                if head >= 0:
+                    codes[head] = TO_SERVE
+                    values[head] = run
+                    left[head] = True
         for lane in lanes:
             self.restore(lane)
         if runs is not None and self.taken:
@@ -232,14 +263,17 @@ class QuickApicMachine(ApicMachine):
                 lanes[index // VECTORS].eois[index % VECTORS] += int(found[index])
         self.runs = None
 
-    def whole_services(self, slots: Any, steps: Any, vectors: Any) -> Runs | None:
+    def whole_services(self, slots: Any, lanes: int, steps: Any, vectors: Any) -> Runs | None:
         """Runs of services; None where a row concerns all processors."""
         kinds = np.asarray(self.kinds)
         if self.exits_traced or np.any((kinds == LOST) | ((kinds >= IOAPIC_LINE) & (kinds <= HPET_FIRE))):
             return None
         pattern = (TO_ACCEPT, TO_DELIVER, TO_EOI) if self.monitor.accepts_seen else (TO_DELIVER, TO_EOI)
-        seen = np.where(steps == TO_IDLE, OVERLOOKED, steps)
-        return find_runs(slots, seen, vectors, np.asarray(self.times), pattern, self.irr_stuck_ns or INF)
+        seen = np.where(steps == TO_IDLE, np.uint8(OVERLOOKED), steps)
+        return find_runs(
+            slots.astype(np.uint8 if lanes <= BYTE else np.uint16), seen, vectors, np.asarray(self.times), pattern,
+            self.irr_stuck_ns or INF, self.monitor.nesting_limit >= 2,
+        )  # fmt: skip
 
     def serve(self, lane: Lane, run: int) -> bool:
         """A run of services, if this processor is calm; the registers are afterwards as before."""
@@ -247,11 +281,13 @@ class QuickApicMachine(ApicMachine):
         if runs is None or not lane.whole:
             return False
         if lane.state == SERVING:
-            if self.monitor.nesting_limit < 2 or runs.lowest[run] <= lane.vector >> 4:
+            if self.monitor.nesting_limit < 2 or runs.deep[run] or runs.lowest[run] <= lane.vector >> 4:
                 return False
             self.monitor.max_nesting = max(self.monitor.max_nesting, 2)
         elif lane.state != REST:
             return False
+        elif runs.deep[run]:
+            self.monitor.max_nesting = max(self.monitor.max_nesting, 2)
         lane.asked = runs.asked[run]
         lane.ended = runs.ended[run]
         lane.rows.append(~run)
