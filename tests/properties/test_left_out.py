@@ -12,7 +12,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.declare import Config
+from replay.declare import Config, System
 from replay.driver import Run, run_machine
 from replay.events import KIND_ID, KINDS, Batch, events_from_json
 from replay.machine import Machine
@@ -21,7 +21,7 @@ from replay.systems import SYSTEMS
 from replay.systems.hpet_broadcast.machine import HpetBroadcast
 
 US = 1_000
-HPET, APIC = SYSTEMS["hpet"], SYSTEMS["apic"]
+HPET, APIC, CALLBACK = SYSTEMS["hpet"], SYSTEMS["apic"], SYSTEMS["callback"]
 
 
 def in_batches(events: Sequence[dict[str, Any]], cuts: Sequence[int]) -> Iterator[pa.Table]:
@@ -95,7 +95,43 @@ def test_what_is_ignored_changes_nothing(steps: Sequence[tuple[str, int, int, in
         events.append({"t": t, "kind": kind, "cpu": vcpu, "obj": vector, "val": value, **owner})
     if not events:
         return
-    observed = frozenset((*KEPT, "sched.run", "sched.stop"))
+    run_both_ways(APIC, "any", {}, frozenset((*KEPT, "sched.run", "sched.stop")), events, cuts)
+
+
+VIA = ("via.vmentry", "via.inject", "via.eoi", "via.isr_begin", "via.isr_end", "via.upcall_clear", "via.gsi_assert")
+CALLBACKS = st.lists(
+    st.tuples(
+        st.sampled_from([*VIA, "via.rte_write", "via.vmentry", "lapic.idle", "sched.run", "sched.stop", "trace.lost"]),
+        st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 1, 50 * US, 20_000 * US]),
+        st.sampled_from([0x31, 0x71, 0xF3]), st.sampled_from([None, 0, 1]),
+    ),
+    max_size=60,
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(CALLBACKS, CUTS, st.sampled_from([{}, {"vector": 0xF3}]))
+def test_which_vcpu_runs_is_nothing_to_a_callback_without_sets(
+    steps: Sequence[tuple[str, int, int, int, int, int | None]], cuts: Sequence[int], given: dict[str, int]
+) -> None:
+    events, t = [], 0
+    for kind, dom, vcpu, pause, vector, value in steps:
+        t += pause
+        owner: dict[str, Any] = {} if kind == "trace.lost" else {"dom": dom, "vcpu": vcpu}
+        obj = {"via.gsi_assert": 28, "via.rte_write": 28}.get(kind, vector)
+        said_too = {"trace.lost": t - 1, "via.rte_write": 0x8000 | vector}.get(kind, value)
+        events.append({"t": t, "kind": kind, "cpu": vcpu, "obj": obj, "val": said_too, **owner})
+    if not events:
+        return
+    seen = frozenset((*VIA, "via.rte_write", "lapic.idle", "sched.run", "sched.stop", "trace.lost"))
+    run_both_ways(CALLBACK, "applied", given, seen, events, cuts)
+
+
+def run_both_ways(
+    system: System, policy: str, given: dict[str, int], observed: frozenset[str], events: Sequence[dict[str, Any]],
+    cuts: Sequence[int],
+) -> None:  # fmt: skip
+    """All events, and without sched.run and sched.stop, which the machine says it ignores."""
     left: list[frozenset[str]] = []
 
     def reader(columns: Sequence[str], ignored: frozenset[str]) -> Iterator[pa.Table]:
@@ -106,8 +142,8 @@ def test_what_is_ignored_changes_nothing(steps: Sequence[tuple[str, int, int, in
 
     one, other = (
         run_machine(
-            APIC, "any", batches, config=Config(APIC.parameters), closed=False, t_end=t + 1, from_boot=False,
-            observed=observed,
+            system, policy, batches, config=Config(system.parameters, given), closed=False,
+            t_end=events[-1]["t"] + 1, from_boot=False, observed=observed,
         )
         for batches in (reader, in_batches(events, cuts))
     )  # fmt: skip

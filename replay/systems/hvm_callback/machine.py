@@ -103,6 +103,14 @@ class CallbackMachine(Machine):
             self.agenda.at(at, SOFTWARE, SET_DUE, recorded.set_doms[self.next_set])
             self.next_set += 1
 
+    def ignores(self) -> frozenset[str]:
+        """Which vCPU runs matters to delays (since a set of the flag, a line, a window), and one that is first seen
+        running to what is known of domains created later."""
+        judged = ("via.upcall_set", "via.line", "lapic.intr_window", "lapic.reset")
+        if self.closed or self.from_boot or self.observed is None or any(self.sees(kind) for kind in judged):
+            return frozenset()
+        return frozenset(("sched.run", "sched.stop"))
+
     def start(self) -> None:
         """What the recording can show decides which rules may speak."""
         self.started = True
