@@ -112,8 +112,6 @@ class HpetBlockMonitor:
                     Evidence(t, seq, "second route register written"),
                 ),
             )  # fmt: skip
-        if comparator.half == 0:
-            w.torn_t = NIL
 
     def configured(self, number: int, config: int, old: int, t: int) -> None:
         """H3, H4: a timer's configuration (number NONE: the general one) is written."""

@@ -13,6 +13,7 @@ from typing import Final
 
 from replay.events import KIND_ID, NIL, NONE
 from replay.hardware.ioapic import MAYBE, SEND, IoApic, Pin
+from replay.hardware.lapic import VECTORS
 from replay.knowledge import UNKNOWN
 from replay.lockstep import ANY, Lockstep
 from replay.sink import Sink
@@ -49,8 +50,9 @@ MERGED: Final = 2
 FRESH: Final = 4
 UPPER_UNKNOWN: Final = 1
 TMR: Final = 2
-ALL: Final = (1 << 256) - 1
-WORD: Final = (1 << 32) - 1
+ALL: Final = (1 << VECTORS) - 1
+WORD_BITS: Final = 32
+WORD: Final = (1 << WORD_BITS) - 1
 
 
 class _Lapic:
@@ -143,7 +145,6 @@ class ApicLockstep(Lockstep):
         self.lapics: dict[int, _Lapic] = {}
         self.pending_eoi = NONE  # CPU whose EOI may be followed by a broadcast
         self.broadcast_vector = NONE
-        self.restated = 0  # "set" lines of a pin whose Remote IRR was set
 
     def watch(self, rows: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
         """Passes the machine's rows on, having fed what belongs to the machine's own APICs."""
@@ -227,7 +228,6 @@ class ApicLockstep(Lockstep):
             return
         if value:
             if pin.remote_irr == 1 and not self.expects(SET, number):
-                self.restated += 1
                 return
             self.check(SET, t, seq, NONE, number)
         else:
@@ -255,6 +255,8 @@ class ApicLockstep(Lockstep):
 
     def accept(self, cpu: int, vector: int, flags: int, t: int, seq: int) -> None:
         """L1, for a message of a device or an IPI; merging into IRR is an outcome that the log shows."""
+        if not 0 <= vector < VECTORS:
+            return  # a damaged record
         if self.pending_eoi != NONE:
             self.step(t, seq, "request", cpu, vector, NIL)
         merged = int(flags & MERGED != 0) if flags & (MERGED | FRESH) else UNKNOWN
@@ -287,6 +289,8 @@ class ApicLockstep(Lockstep):
 
     def broadcast(self, vector: int, t: int, seq: int) -> None:
         """IO3: a level triggered vector was dismissed; Remote IRR falls at every pin that has it."""
+        if not 0 <= vector < VECTORS:
+            return  # a damaged record
         cpu = self.pending_eoi
         self.check(EOIED, t, seq, cpu, vector)
         if cpu != NONE:
@@ -301,15 +305,18 @@ class ApicLockstep(Lockstep):
 
     def tmr(self, cpu: int, word: int, value: int, t: int, seq: int) -> None:
         """The guest read a word of TMR; bits of vectors that were never accepted are not known."""
+        if not 0 <= word < VECTORS // WORD_BITS:
+            return  # a damaged record
         p = self.lapic(cpu)
-        known = p.level_known >> 32 * word & WORD
-        expected = p.level >> 32 * word & known
+        shift = WORD_BITS * word
+        known = p.level_known >> shift & WORD
+        expected = p.level >> shift & known
         self.predicted[TMR_WORD] += 1
         self.observed[TMR_WORD] += 1
         if value & known != expected:
             wanted = self.text(TMR_WORD, cpu, word, NONE, expected)
             self.report_extra(TMR_WORD, t, seq, cpu, word, NONE, value, wanted)
-            p.level = p.level & ~(WORD << 32 * word) | value << 32 * word
+            p.level = p.level & ~(WORD << shift) | (value & WORD) << shift
 
     def forget(self) -> None:
         """Records were lost (U2)."""

@@ -56,7 +56,6 @@ class ComparatorRules:
         self.exit_path_ns = config.integer("exit_path_ns")  # an interrupt may delay the exit path
         self.vector = config.integer(policy.vector_parameter)
         self.n_channels = config.integer("n_channels")
-        self.programmed_once = False
         self.armed: dict[int, int] = {}  # channel: armed for (ns), INF disarmed; absent: unknown
         self.owner: dict[int, int] = {}
         self.joined: dict[int, int] = {}  # CPU: channel it relies on
@@ -77,11 +76,6 @@ class ComparatorRules:
 
     def programmed(self, t: int, channel: int, cpu: int, owner: int, armed: int, reason: int) -> None:
         """A4: a comparator is written."""
-        if not self.programmed_once:
-            self.programmed_once = True
-            for handled, at in self.handled.items():
-                if at + HANDLING_NS >= t:
-                    self.agenda.at(at + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, handled)
         if reason in (BY_ENTRY, BY_SHORTEN) and cpu != NONE:
             known = {c: (a, self.owner.get(c, NONE)) for c, a in self.armed.items()}
             self.choices[cpu] = (channel, known)
@@ -93,7 +87,7 @@ class ComparatorRules:
             self.armed.pop(channel, None)
         else:
             self.armed[channel] = armed
-        self.agenda.at(t + self.settle_ns, SOFTWARE, ORPHAN_CHECK, channel)
+        self.agenda.at(max(t + self.settle_ns, self.busy_until(channel)), SOFTWARE, ORPHAN_CHECK, channel)
 
     def entered(self, t: int, p: Sleeper, seq: int) -> None:
         """B2, B3: was another channel a better choice for this deadline? Only told if all channels are known."""
@@ -136,14 +130,17 @@ class ComparatorRules:
                 expected="given up when its owner woke", observed=f"still owned by cpu {p.index}, which is awake",
             )  # fmt: skip
 
+    def busy_until(self, channel: int) -> int:
+        """When the channel's last handler has run and everybody whom it woke has left idle (ns)."""
+        return self.handled.get(channel, -HANDLING_NS) + HANDLING_NS
+
     def orphan_check(self, t: int, channel: int, cpus: Mapping[int, Sleeper]) -> None:
         """A7, A8: everybody who sleeps on a channel has an owner there and an interrupt in time."""
         armed = self.armed.get(channel)
         owner = self.owner.get(channel)
         if armed is None or owner is None:
             return
-        busy_until = self.handled.get(channel, -HANDLING_NS) + HANDLING_NS
-        if t < busy_until:  # those whom the handler wakes are on their way out; looked at again then
+        if t < self.busy_until(channel):  # those whom the handler wakes are on their way out; looked at again then
             return
         for cpu, joined in self.joined.items():
             p = cpus.get(cpu)
@@ -179,7 +176,7 @@ class ComparatorRules:
         """A6: its handler begins."""
         self.armed[channel] = INF
         self.handled[channel] = t
-        if self.programmed_once:  # otherwise nobody is known to rely on a channel
+        if self.joined:  # otherwise nobody is known to rely on a channel; who joins later is looked at for that
             self.agenda.at(t + HANDLING_NS, SOFTWARE, ORPHAN_CHECK, channel)
         fired = self.fired.pop(channel, None)
         if fired is None:

@@ -151,6 +151,8 @@ class HpetBroadcast(Machine):
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         for kind, t, cpu, obj, val in rows:
             self.advance(t)
+            if cpu < 0:
+                continue  # nobody knows where it was
             if kind == ENTER:
                 self.recorded_enter(self.cpu(cpu), val if val > 0 else INF)
             elif kind == EXIT:

@@ -107,7 +107,7 @@ class _Suspect:
         self.seq = seq
         self.awake_since = awake_since
         self.owned = owned  # the recording names owners, and the channel has none
-        self.served: list[tuple[int, int, int, int]] = []  # (cpu, wake ns, seq, deadline)
+        self.served: list[tuple[int, int, int]] = []  # (cpu, wake ns, seq)
         self.story = story  # where the channel was pointed when the handler began
 
 
@@ -269,7 +269,7 @@ class RecordedBroadcast(Machine):
             self.remote_wakes += 1
             for suspect in self.suspects:
                 if suspect.channel == obj and suspect.cpu != p.index:
-                    suspect.served.append((p.index, self.now, seq, p.deadline))
+                    suspect.served.append((p.index, self.now, seq))
         else:
             self.other_wakes += 1
         if p.asleep == 1 and p.deadline < INF and self.all_seen_since(p.since):
@@ -447,7 +447,7 @@ class RecordedBroadcast(Machine):
                 )  # fmt: skip
             return
         if s.served:
-            cpu, woke, seq, _ = s.served[0]
+            cpu, woke, seq = s.served[0]
             self.sink.report(
                 codes.WRONG_CPU, s.begin, cpu=s.cpu, obj=s.channel, val=cpu, seq=s.seq,
                 severity="warn", conf=INFERRED, tags=("inferred",),
