@@ -182,6 +182,23 @@ def test_property_slow(check: Any, strategies: Any) -> None:
     settings(max_examples=1000, deadline=None)(bind_arguments(check))()
 
 
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("from_boot", [True, False])
+def test_a_port_that_may_need_the_selector_bit_excuses_it(from_boot: bool, bound: bool) -> None:
+    """Port 70 is pending. Bound to vCPU 2, the bit of its word there is not port 65's alone, also when nobody knows
+    whether 70 is masked."""
+    rows = [row("evtchn.rebind", 0, obj=port, tgt=0) for port in (65, 70)]
+    rows += [row("guest.bind_cpu", 0, vcpu=0, obj=70, tgt=2)] * bound
+    rows += [row("evtchn.mask", 0, vcpu=0, obj=65), row("evtchn.send", 0, obj=65), row("evtchn.send", 0, obj=70)]
+    for vcpu in (0, 2):
+        rows += [row("evtchn.upcall", 100, vcpu=vcpu), row("evtchn.upcall_end", 100, vcpu=vcpu)]
+    rows += [row("evtchn.unmask", 30_000, vcpu=2, obj=65)]
+    made = run(machine("current", closed=False, from_boot=from_boot), ordered(rows), 1_000_000)
+    found = {(f.code.name, f.obj) for f in made.sink.findings if f.severity != "info"}
+    assert ("evtchn-stranded-pending", 65) in found
+    assert (("evtchn-selector-wrong-vcpu", 65) in found) == (not bound)
+
+
 def test_current_strands_and_is_rescued_by_luck() -> None:
     """The loads see the defect: otherwise `never strands` would say nothing."""
     seen: Counter[str] = Counter()

@@ -186,13 +186,12 @@ class Monitor:
         )  # fmt: skip
 
     def needed_by_another(self, dom: TwoLevelDomain, vcpu: VcpuInfo, channel: Channel) -> bool:
-        """Whether another ready port of the word is handled on this vCPU."""
-        ready = dom.ready[channel.word] & ~channel.word_bit
-        while ready:
-            low = ready & -ready
-            ready ^= low
-            other = dom.ports[channel.word * dom.bits + low.bit_length() - 1]
-            if other is not None and other.guest_cpu == vcpu.number:
+        """Whether another port of the word, as far as is known, may be ready and handled on this vCPU (U3)."""
+        first = channel.word * dom.bits
+        for other in dom.ports[first : first + dom.bits]:
+            if other is None or other is channel or other.pending == 0 or other.masked == 1:
+                continue
+            if other.guest_cpu in (vcpu.number, NONE):
                 return True
         return False
 
