@@ -15,7 +15,6 @@ __all__ = ["GicCpuInterface"]
 CTLR: Final = 0x0000
 PMR: Final = 0x0004
 BPR: Final = 0x0008
-IAR: Final = 0x000C
 EOIR: Final = 0x0010
 DIR: Final = 0x1000
 

@@ -89,7 +89,7 @@ class GicDistributor:
             self._write_priorities(offset - IPRIORITYR, size, value, cpu)
         elif ITARGETSR <= offset < ICFGR:
             self._write_targets(offset - ITARGETSR, size, value)
-        elif ICFGR <= offset < ICFGR + 0x100:
+        elif ICFGR <= offset < SGIR:
             self._write_config((offset - ICFGR) * 4, size, value)
         elif offset == SGIR:
             self._write_sgir(value, cpu)
@@ -162,6 +162,8 @@ class GicDistributor:
         base = SPENDSGIR if offset >= SPENDSGIR else CPENDSGIR
         for index in range(size):
             irq = offset - base + index
+            if irq >= SGIS:
+                return
             slot = irq * self.cpus + cpu
             sources = value >> 8 * index & 0xFF
             if base == SPENDSGIR:
@@ -217,6 +219,6 @@ class GicDistributor:
         return source
 
     def deactivate(self, irq: int, cpu: int) -> None:
-        """Active to inactive (EOIR with EOImode=0, DIR, or the EOI of a list register with HW=1)."""
-        if irq < self.irqs:
+        """Active to inactive (EOIR with EOImode=0, DIR, or the EOI of a list register with HW=1); -1: nothing."""
+        if 0 <= irq < self.irqs:
             self.active[irq] &= ~(1 << cpu if irq < PRIVATE else self.all)

@@ -385,6 +385,27 @@ def _round_trip(system: str, draw: random.Random) -> Stream:
     return _whole(system, draw.choice(policies), seen or events, config, draw, closed=False)
 
 
+#: Parameters of flavour "seen" that make its runs short.
+SHORT: Final[dict[str, dict[str, Any]]] = {"gic": {"irqs": 64}}
+
+
+def _seen(system: str, draw: random.Random) -> Stream:
+    """A recorder that shows everything; many begin with what happens after reset."""
+    setting, policy = _setting(system, draw)
+    config = {**_config(system, setting.config, draw, False, 0.15), **SHORT.get(system, {})}
+    first, *rest = GRAMMAR[f"{system}-seen"]
+    chosen = _swarm(draw.sample(rest, draw.randint(2, 7)), draw)
+    steps = _steps(system, config, draw)
+    begin = _spoken([first], [1], len(first), draw) if draw.random() < 0.6 else []
+    after = _spoken(chosen, steps, int(6 * 12 ** draw.random()), draw)
+    events = begin + [{**e, "t": e["t"] + 20} for e in after]
+    if draw.random() < 0.3:
+        events = events[: len(begin)] + _twist(events[len(begin) :], steps, 0.1, draw)
+    one = _whole(system, policy, events, config, draw, closed=False, sub=setting.sub, init=setting.init)
+    one.shown = frozenset(kind.name for kind in KINDS)
+    return one
+
+
 FLAVOURS: Final[dict[str, Callable[[str, random.Random], Stream]]] = {
     "grammar": _grammar,
     "grammar-closed": partial(_grammar, closed=True),
@@ -399,6 +420,7 @@ FLAVOURS: Final[dict[str, Callable[[str, random.Random], Stream]]] = {
     "round-trip": _round_trip,
     "cycle": partial(_clean, words="cycle"),
     "cycle-closed": partial(_clean, closed=True, words="cycle"),
+    "seen": _seen,
 }
 
 
@@ -409,7 +431,7 @@ def flavours(system: str) -> tuple[str, ...]:
     """Flavours that a system has: without seeded recordings there are no slices of them, and no what-ifs."""
     from tests.conformance.pinned import bugs
 
-    special = {"round-trip": "load", "cycle": "cycle", "cycle-closed": "cycle"}
+    special = {"round-trip": "load", "cycle": "cycle", "cycle-closed": "cycle", "seen": "seen"}
     own = [f for f in FLAVOURS if f not in special and (bugs(system) or f in NO_BUGS)]
     return (*own, *(f for f, words in special.items() if f"{system}-{words}" in GRAMMAR))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from replay.declare import Config
 from replay.events import KIND_ID, NIL, NONE
-from replay.hardware.gic_distributor import GicDistributor
+from replay.hardware.gic_distributor import ICFGR, ITARGETSR, PRIVATE, SGIR, SGIS, GicDistributor
 from replay.lockstep import Lockstep
 from replay.sink import Sink
 from replay.systems.gic.interfaces import ACTIVE, GICH_LR, Interfaces
@@ -46,16 +46,14 @@ EOIR: Final = 0x10
 GICC_DIR: Final = 0x1000
 MAX_CPUS: Final = 8
 MAX_IRQS: Final = 1020
-SGIS: Final = 16
-PRIVATE: Final = 32
 MAX_LRS: Final = 64
 INTID: Final = 0x3FF
 SPURIOUS: Final = 1023
 #: Running priority when nothing is active.
 IDLE: Final = 0x100
 EOIMODE: Final = 1 << 9
-ITARGETSR: Final = 0x800
-ICFGR: Final = 0xC00
+#: Bytes that one access to a register of the distributor can have.
+WORD: Final = 4
 
 
 class GicLockstep(Lockstep):
@@ -121,7 +119,7 @@ class GicLockstep(Lockstep):
         if self.deferred:
             self.check_deferred()
         if kind == LINE:
-            if 0 <= obj < self.irqs:
+            if SGIS <= obj < self.irqs:  # an SGI has no line
                 self.step(t, seq, "line of", cpu, obj, val)
                 self.distributor.set_line(obj, val, max(cpu, 0))
         elif cpu < 0:
@@ -146,14 +144,15 @@ class GicLockstep(Lockstep):
     def dist(self, cpu: int, offset: int, value: int, size: int) -> None:
         """A distributor write; the one to CTLR before anything else says that the recording is complete."""
         d = self.distributor
+        size = min(size, WORD)
         if offset == 0 and not self.known and not self.gap and not any(self.observed):
             self.reset(known=True)
         d.write(offset, size, value, cpu)
-        if ICFGR <= offset < ICFGR + 0x100:
+        if ICFGR <= offset < SGIR:
             self.configured.update(range((offset - ICFGR) * 4, (offset - ICFGR + size) * 4))
         if ITARGETSR <= offset < ICFGR:
             for irq in range(offset - ITARGETSR, min(offset - ITARGETSR + size, self.irqs)):
-                if irq >= 32 and d.pinned and d.latch[irq] and not d.latch[irq] & d.targets[irq]:
+                if irq >= PRIVATE and d.pinned and d.latch[irq] and not d.latch[irq] & d.targets[irq]:
                     self.stranded_latches += 1
 
     def interface(self, cpu: int, offset: int, value: int, flags: int) -> None:
@@ -173,7 +172,7 @@ class GicLockstep(Lockstep):
         if virtual:
             held = [n for n, w in enumerate(core.lrs.words) if w & INTID == value & INTID and w >> 28 & 3]
             if register == EOIR and held and not any(core.lrs.state(n) & ACTIVE for n in held):
-                self.take_virtual(core, value, cpu, doubt=False)  # U4: its acknowledge was not seen
+                self.take_virtual(core, value, cpu)  # U4: its acknowledge was not seen
             done = core.lrs.write_virtual(register, value)
             if done >= 0:
                 self.distributor.deactivate(done, cpu)
@@ -238,7 +237,7 @@ class GicLockstep(Lockstep):
     def take(self, core: Interfaces, irq: int, cpu: int) -> None:
         """U4: it was taken, whatever the model thought."""
         d = self.distributor
-        mask = 1 << cpu if irq < 32 else d.all
+        mask = 1 << cpu if irq < PRIVATE else d.all
         if not self.known and d.active[irq] & mask:
             core.physical.ctlr &= ~EOIMODE
             core.assumed = False
@@ -247,7 +246,7 @@ class GicLockstep(Lockstep):
         core.certain.append(self.known or (irq, cpu) in self.familiar)
         d.activate(irq, cpu)
 
-    def take_virtual(self, core: Interfaces, value: int, cpu: int, *, doubt: bool) -> None:
+    def take_virtual(self, core: Interfaces, value: int, cpu: int, *, doubt: bool = False) -> None:
         """The same for a list register, if a pending one holds it: what would have kept it from being signalled is
         over then. If none does, or nothing was taken, a list register that the model calls pending is in `doubt` until
         the hypervisor reads or writes it: no guess is made on it."""
@@ -257,9 +256,7 @@ class GicLockstep(Lockstep):
                 level = word >> 23 & 0x1F
                 for m, other in enumerate(lrs.words):
                     if m != n and other >> 28 & ACTIVE and other >> 23 & 0x1F <= level and not lrs.vmcr & EOIMODE:
-                        done = lrs.deactivate_virtual(other & INTID)
-                        if done >= 0:
-                            self.distributor.deactivate(done, cpu)
+                        self.distributor.deactivate(lrs.deactivate_virtual(other & INTID), cpu)
                 lrs.set_state(n, ACTIVE)
                 lrs.apr = lrs.apr >> level << level | 1 << level
                 return
@@ -276,7 +273,7 @@ class GicLockstep(Lockstep):
         stack = core.physical.stack
         while stack and stack[-1] < running:
             stack.pop()
-        if running < IDLE and (not stack or stack[-1] != running):
+        if running < IDLE and core.physical.running_priority() != running:
             stack.append(running)
         if not self.known:
             core.certain = [running >= IDLE, *core.certain[1 : len(stack)], True][: len(stack) + 1]
@@ -312,10 +309,10 @@ class GicLockstep(Lockstep):
 
     def best(self, cpu: int, irq: int, priority: int, running: int, flags: int, t: int, seq: int) -> None:
         """The emulator looked for the best pending interrupt. It prints this inside an IAR read before the read."""
-        if cpu < 0:
+        if cpu < 0 or running < 0:
             return
         core = self.cores[cpu]
-        if not self.known and not flags & 1 and irq < self.irqs and (irq, cpu) not in self.familiar:
+        if not self.known and not flags & 1 and 0 <= irq < self.irqs and (irq, cpu) not in self.familiar:
             self.introduce(irq, cpu, priority)
         now = core.lrs.running_priority() if flags & 1 else core.physical.running_priority()
         if not flags & 1 and now == running and not core.certain[-1]:
@@ -350,8 +347,7 @@ class GicLockstep(Lockstep):
             core = self.cores[cpu]
             now = core.lrs.running_priority() if virtual else core.physical.running_priority()
             self.compare(RUNNING + virtual, cpu, running, now if virtual or core.certain[-1] else NIL, t, seq)
-            if now != running or not virtual:
-                self.set_running(core, running, virtual)
+            self.set_running(core, running, virtual)
         self.deferred = [] if chosen is None else [d for d in self.deferred if d not in chosen]
 
     def forget(self) -> None:
