@@ -15,10 +15,8 @@ _WRAP: Final = 1 << COMPARATOR_BITS
 _HALF: Final = 1 << (COMPARATOR_BITS - 1)
 
 # Timer n configuration register.
-LEVEL_BIT: Final = 1
 INT_ENABLE_BIT: Final = 2
 PERIODIC_BIT: Final = 3
-FSB_ENABLE_BIT: Final = 14
 #: General configuration register: legacy replacement route.
 LEGACY_BIT: Final = 1
 
@@ -37,7 +35,7 @@ class Comparator:
     """One timer of the block.
 
     `data` and `address` are the MSI route registers (NIL unknown). `half` names the register written first in an
-    update that is not complete; `changed` whether that write changed the register.
+    update that is not complete; `changed` whether that is known to have changed the register.
     """
 
     __slots__ = ("address", "armed", "changed", "data", "enabled", "half", "periodic", "value")
@@ -51,7 +49,7 @@ class Comparator:
         self.data: int = 0 if known else NIL
         self.address: int = 0 if known else NIL
         self.half: int = 0
-        self.changed: int = UNKNOWN
+        self.changed: bool = False
 
     def write_value(self, value: int) -> None:
         """H1: software writes the comparator."""
@@ -70,33 +68,25 @@ class Comparator:
         self.periodic = config >> PERIODIC_BIT & 1
         return before == 0 and self.enabled == 1
 
-    def write_data(self, data: int) -> int:
-        """H2: the vector half of the route. 1 when this completes an update whose halves both changed something."""
-        changed = _differs(self.data, data)
+    def write_data(self, data: int) -> bool:
+        """H2: the vector half of the route. True when this completes an update whose halves both changed something."""
+        changed = self.data not in (NIL, data)
         self.data = data
         return self._half_written(DATA_WRITTEN, changed)
 
-    def write_address(self, address: int) -> int:
+    def write_address(self, address: int) -> bool:
         """H2: the destination half of the route; result as `write_data`."""
-        changed = _differs(self.address, address)
+        changed = self.address not in (NIL, address)
         self.address = address
         return self._half_written(ADDRESS_WRITTEN, changed)
 
-    def _half_written(self, which: int, changed: int) -> int:
+    def _half_written(self, which: int, changed: bool) -> bool:
         if self.half == 0 or self.half == which:
+            self.changed = changed or (self.half == which and self.changed)
             self.half = which
-            self.changed = changed
-            return 0
-        both = 1 if changed == 1 and self.changed == 1 else 0 if changed == 0 or self.changed == 0 else UNKNOWN
+            return False
         self.half = 0
-        self.changed = UNKNOWN
-        return both
-
-
-def _differs(old: int, new: int) -> int:
-    if old == NIL:
-        return UNKNOWN
-    return 0 if old == new else 1
+        return changed and self.changed
 
 
 class HpetBlock:

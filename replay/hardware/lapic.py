@@ -87,7 +87,7 @@ class LocalApic:
     def ppr_class(self) -> int:
         """L2: class of the processor priority, from what is known of TPR and ISR (a lower bound)."""
         in_service = vector_class(self.isr[-1]) if self.isr else 0
-        return max(in_service, vector_class(self.tpr) if self.tpr > 0 else 0)
+        return max(in_service, vector_class(self.tpr))  # UNKNOWN is below everything
 
     def held_by_tpr(self, vector: int) -> bool:
         """L2: whether TPR is known to hold `vector` back, whatever is in service."""

@@ -101,7 +101,7 @@ class HpetBlockMonitor:
             w.half_t = t
             w.half_seq = seq
         both = comparator.write_data(data) if address == NIL else comparator.write_address(address)
-        if both == 1 and w.torn_t != NIL:
+        if both and w.torn_t != NIL:
             self.sink.report(
                 codes.TORN_ROUTE, w.torn_t, obj=number, val=comparator.data, tgt=NONE, seq=w.torn_seq,
                 t_first=w.half_t, expected="both route registers written before the next match",

@@ -8,7 +8,7 @@ from typing import Any, Final
 from replay.agenda import SOFTWARE, Agenda
 from replay.declare import Config
 from replay.events import NIL, NONE
-from replay.hardware.ioapic import LOST, MAYBE, SEND, IoApic, Pin
+from replay.hardware.ioapic import LOST, SEND, IoApic, Pin
 from replay.knowledge import UNKNOWN
 from replay.sink import Evidence, Sink
 from replay.systems.apic import ioapic_codes as codes
@@ -18,8 +18,7 @@ __all__ = ["STUCK_LIMIT", "IoApicMonitor", "PinWatch"]
 #: Action of the agenda: pin `a` is looked at again, `b` = its generation, `c` = the domain.
 STUCK_LIMIT: Final = 16
 
-# Where the message is that Remote IRR stands for.
-ELSEWHERE: Final = -1  # unknown
+# Where the message is that Remote IRR stands for; without meaning while that is unknown (Pin.sent NONE).
 REQUESTED: Final = 1  # in some IRR
 SERVICED: Final = 2  # in some ISR
 GONE: Final = 0  # its EOI has come
@@ -31,7 +30,7 @@ class PinWatch:
     __slots__ = ("flight", "generation", "gone_t", "redelivered", "reported", "storm_reported", "story", "unwanted")
 
     def __init__(self) -> None:
-        self.flight = ELSEWHERE
+        self.flight = GONE
         self.generation = 0
         self.gone_t = NIL
         self.redelivered = 0
@@ -169,7 +168,6 @@ class IoApicMonitor:
         w.reported = False
         w.note(t, seq, "EOI clears Remote IRR")
         if outcome != SEND:
-            w.flight = ELSEWHERE if outcome == MAYBE else GONE
             return []
         if was == 1:
             self.level_redeliveries += 1
@@ -186,8 +184,7 @@ class IoApicMonitor:
         pin.remote_irr = value
         pin.sent = pin.vector if value else NONE
         pin.rewritten = False
-        w.flight = REQUESTED if value else GONE
-        self._look(number, pin, w, t)
+        w.flight = REQUESTED
 
     def handler_returned(self, vector: int, result: int) -> None:
         """A handler returned irqreturn `result` (0: not mine); NIL when that is not recorded."""
@@ -213,11 +210,11 @@ class IoApicMonitor:
         of some local APIC that is not known."""
         for number, w in self.watches.items():
             pin = self.ioapic.pins[number]
-            if in_flight >= 0 and pin.level == 1 and pin.remote_irr == 1 and not in_flight >> max(pin.sent, 0) & 1:
+            if in_flight >= 0 and pin.level == 1 and pin.sent != NONE and not in_flight >> pin.sent & 1:
                 w.flight = GONE
                 w.gone_t = t
-            if self._stuck(self.ioapic.pins[number], w):
-                self._report_stuck(self.ioapic.pins[number], w, t)
+            if self._stuck(pin, w):
+                self._report_stuck(pin, w, t)
 
     def fire(self, number: int, generation: int, t: int) -> None:
         """A pin's Remote IRR has stood for nothing for `ioapic_stuck_ns`, unless something happened since."""
@@ -229,8 +226,6 @@ class IoApicMonitor:
         """Records were lost (U2)."""
         self.ioapic.forget()
         for w in self.watches.values():
-            w.flight = ELSEWHERE
-            w.generation += 1
             w.redelivered = 0
             w.unwanted = 0
 
@@ -240,11 +235,8 @@ class IoApicMonitor:
         if outcome == SEND:
             self.sends += 1
             w.flight = REQUESTED
-            w.generation += 1
             w.note(t, seq, f"{why} {pin.vector:#x}")
             return [pin]
-        if outcome == MAYBE:
-            w.flight = ELSEWHERE
         return []
 
     def _stuck(self, pin: Pin, w: PinWatch) -> bool:
