@@ -266,6 +266,11 @@ class Batch:
         parts = {n: c if isinstance(c, int) else c[start:stop] for n, c in self._columns.items()}
         return Batch(parts, stop - start)
 
+    def chosen(self, mask: Any) -> Batch:
+        """The rows where `mask` (booleans) says so."""
+        parts = {n: c if isinstance(c, int) else c[mask] for n, c in self._columns.items()}
+        return Batch(parts, int(mask.sum()))
+
     def array(self, name: str) -> Any:
         """A column as an array of integers."""
         column = self._columns[name]

@@ -19,6 +19,7 @@ from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems import SYSTEMS
 from replay.systems.hpet_broadcast.machine import HpetBroadcast
+from replay.systems.hpet_broadcast.recorded import RecordedBroadcast
 
 US = 1_000
 HPET, APIC, CALLBACK = SYSTEMS["hpet"], SYSTEMS["apic"], SYSTEMS["callback"]
@@ -35,6 +36,13 @@ def said(run: Run) -> object:
 
 
 class ByRow(HpetBroadcast):
+    """Every row by the law."""
+
+    def feed(self, batch: Batch) -> None:
+        Machine.feed(self, batch)
+
+
+class RecordedByRow(RecordedBroadcast):
     """Every row by the law."""
 
     def feed(self, batch: Batch) -> None:
@@ -70,6 +78,65 @@ def test_exits_in_columns(
         run_machine(system, policy, in_batches(events, cuts), config=config, closed=True, t_end=t + 5_000 * US)
         for system in (HPET, by_row)
     )
+    assert said(one) == said(other)
+
+
+#: Small numbers (ns), so that what is judged later is judged among other events.
+QUICK = {
+    "slop_ns": 4, "exit_latency_ns": 2, "miss_ns": 12, "exit_path_ns": 5, "remote_wake_ns": 6, "inflight_ns": 3,
+}  # fmt: skip
+BROADCASTS = st.lists(
+    st.tuples(
+        st.sampled_from(["move", "move", "move", "hpet.handler.begin", "hpet.handler.begin", "hpet.retarget", "other"]),
+        st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 0, 1, 1, 2, 4, 7, 11, 30]),
+        st.sampled_from([None, 0, 1, 3, 8, 20]), st.sampled_from([0, 0, 0, 0, 1, 2]),
+    ),
+    min_size=8, max_size=80,
+)  # fmt: skip
+RARE = st.lists(
+    st.tuples(st.integers(0, 80), st.sampled_from(["hpet.program", "trace.lost", "refused", "hpet.fire"])), max_size=1
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    BROADCASTS, RARE, CUTS, st.sampled_from(sorted(HPET.policies)), st.sampled_from([{}, {}, {"fixed_owners": 1}]),
+    st.booleans(),
+)  # fmt: skip
+def test_quiet_sleeps_in_columns(
+    steps: Sequence[tuple[str, int, int, int, int | None, int]], rare: Sequence[tuple[int, str]],
+    cuts: Sequence[int], policy: str, given: dict[str, int], ends: bool,
+) -> None:  # fmt: skip
+    events: list[dict[str, Any]] = []
+    asleep: set[int] = set()
+    t = 1_000
+    for kind, cpu, channel, pause, sleep, reason in steps:
+        t += pause
+        event: dict[str, Any] = {"t": t, "kind": kind, "cpu": cpu, "obj": channel, "tgt": reason}
+        if kind == "move":
+            event["kind"] = "idle.exit" if cpu in asleep else "idle.enter"
+            asleep ^= {cpu}
+        elif kind == "other":  # a record is missing
+            event["kind"] = ("idle.exit", "idle.enter", "hpet.handler.end")[reason]
+        if event["kind"] == "idle.enter":
+            event["val"] = sleep and t + sleep
+        events.append(event)
+    for at, kind in rare:
+        if at < len(events):
+            now = events[at]["t"]
+            event = {"t": now, "kind": kind, "cpu": 0, "obj": 0, "tgt": 1, "val": now, "flags": 1}
+            events.insert(at, {**event, "kind": "hpet.retarget"} if kind == "refused" else event)
+    if not events:
+        return
+    by_row = replace(HPET, make=lambda policy, config, sink, sub: RecordedByRow(policy, config, sink))
+    observed = {k.name for k in KINDS if k.sys == "hpet"} - (set() if ends else {"hpet.handler.end"})
+    one, other = (
+        run_machine(
+            system, policy, in_batches(events, cuts), config=Config(HPET.parameters, {**QUICK, **given}), closed=False,
+            t_end=t + 50, from_boot=False, observed=frozenset(observed),
+        )
+        for system in (HPET, by_row)
+    )  # fmt: skip
     assert said(one) == said(other)
 
 

@@ -9,18 +9,22 @@ step less severe than declared; with owners in the recording (`hpet.program`) th
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from typing import ClassVar, Final
 
+import numpy as np
+
 from replay.agenda import SOFTWARE
 from replay.declare import Config
-from replay.events import INF, KIND_ID, KINDS, NIL, NONE
+from replay.events import INF, KIND_ID, KINDS, NIL, NONE, Batch
 from replay.knowledge import UNKNOWN
 from replay.machine import GAP_BEGINS, Machine
 from replay.sink import Evidence, Sink
 from replay.systems.hpet_broadcast import codes
 from replay.systems.hpet_broadcast.comparators import ORPHAN_CHECK, OWNER_CHECK, ComparatorRules
 from replay.systems.hpet_broadcast.policies import BroadcastPolicy
+from replay.systems.hpet_broadcast.sleeps import BY_BROADCAST, BY_HPET, QuietSleeps, by_cpu, quiet_sleeps
 from replay.words import span
 
 __all__ = ["RecordedBroadcast"]
@@ -39,10 +43,6 @@ LOST: Final = KIND_ID["trace.lost"]
 #: Flag of hpet.retarget: the move was refused.
 REFUSED: Final = 1
 
-# Why a CPU woke: `tgt` of idle.exit.
-BY_HPET: Final = 1
-BY_BROADCAST: Final = 2
-
 # Actions of the agenda.
 JUDGE: Final = 1
 MISSED: Final = 2
@@ -55,11 +55,13 @@ class _Cpu:
     """What is known of a CPU. `asleep` is 0, 1 or UNKNOWN; `since` is when that began (ns).
 
     `due` is when a sleep that lasts is a missed wake-up (ns), `due_serial` its turn among entries of that moment;
-    `timer` the time of the agenda's entry that sees to it, then or before, INF without one.
+    `timer` the time of the agenda's entry that sees to it, then or before, INF without one. All this is as of the event
+    `known`; `quiet` are sleeps of the present batch that are no rows.
     """
 
     __slots__ = (
-        "asleep", "deadline", "due", "due_serial", "enter_seq", "generation", "index", "since", "stack", "timer",
+        "asleep", "deadline", "due", "due_serial", "enter_seq", "generation", "index", "known", "quiet", "since",
+        "stack", "timer",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -73,6 +75,8 @@ class _Cpu:
         self.due = INF
         self.due_serial = 0
         self.timer = INF
+        self.known = NONE
+        self.quiet: QuietSleeps | None = None
 
 
 class _Channel:
@@ -152,6 +156,55 @@ class RecordedBroadcast(Machine):
     def ignores(self) -> frozenset[str]:
         """What ended a sleep, and the hand-shake of mwait."""
         return frozenset(k.name for k in KINDS if k.name.startswith(("idle.break", "idle.prep.", "wake.")))
+
+    def feed(self, batch: Batch) -> None:
+        """As `consume`, without sleeps that break no rule (`sleeps.py`)."""
+        kinds, seqs, times, cpus = (batch.array(name) for name in ("kind", "seq", "t_ns", "cpu"))
+        if not self.owners_unknown(batch) or not (seqs[1:] > seqs[:-1]).all():
+            self.consume(batch.rows(self.columns))
+            return
+        late_ns = min(self.slop_ns + self.exit_latency_ns, self.miss_ns - 1)
+        entries, exits = quiet_sleeps(kinds, times, cpus, batch.array("tgt"), batch.array("val"), late_ns)
+        self.sleeps += len(entries)
+        self.other_wakes += len(entries)
+        for index, sleeps in by_cpu(entries, exits, seqs, times, cpus):
+            self.cpu(index).quiet = sleeps
+        loud = np.ones(len(batch), np.bool_)
+        loud[entries] = False
+        loud[exits] = False
+        self.consume(batch.chosen(loud).rows(self.columns))
+        self.advance(int(times[-1]))
+        for p in self.cpus.values():
+            self.look(p, INF)
+            p.quiet = None
+
+    def owners_unknown(self, batch: Batch) -> bool:
+        """Whether no owner of a channel is known, nor becomes known in the batch, and no records are lost in it: then
+        only handlers ask how a CPU is."""
+        kinds, comparators = batch.array("kind"), self.comparators
+        refused = (kinds == RETARGET) & (batch.array("flags") & REFUSED != 0)
+        if self.fixed_owners or comparators.owner or comparators.joined or comparators.choices:
+            return False
+        if ((kinds == PROGRAM) | (kinds == LOST) | refused).any():
+            return False
+        return all(ch.owner == NONE for ch in self.channels.values())
+
+    def look(self, p: _Cpu, seq: int) -> None:
+        """How a CPU is before the event `seq`, if its last move then was of a quiet sleep."""
+        if p.quiet is not None:
+            last = bisect_left(p.quiet.entered_seqs, seq) - 1
+            if last >= 0:
+                self.be(p, p.quiet, last, p.quiet.exited_seqs[last] < seq)
+
+    def be(self, p: _Cpu, quiet: QuietSleeps, last: int, over: bool) -> None:
+        """The CPU's last move was the entry of a quiet sleep, or its exit; unless more is known."""
+        seq = quiet.exited_seqs[last] if over else quiet.entered_seqs[last]
+        if seq > p.known:
+            p.known = seq
+            p.asleep = 0 if over else 1
+            p.since = quiet.exited[last] if over else quiet.entered[last]
+            p.generation += 1
+            p.due = INF
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         self.handlers_recorded = self.sees("hpet.handler.begin")
@@ -241,6 +294,7 @@ class RecordedBroadcast(Machine):
         """A CPU goes to sleep; its deadline is what the governor expected."""
         p.asleep = 1
         p.since = self.now
+        p.known = seq
         p.enter_seq = seq
         p.deadline = deadline if deadline not in (NIL, 0) else INF
         p.generation += 1
@@ -263,6 +317,8 @@ class RecordedBroadcast(Machine):
 
     def exit(self, p: _Cpu, obj: int, reason: int, seq: int) -> None:
         """A CPU woke, by its own channel, by another CPU's handler, or by something else."""
+        self.look(p, seq)
+        p.known = seq
         if reason == BY_HPET:
             self.own_wakes += 1
         elif reason == BY_BROADCAST:
@@ -362,6 +418,7 @@ class RecordedBroadcast(Machine):
     def begin(self, ch: _Channel, p: _Cpu, seq: int) -> None:
         """A6: a channel's handler starts on a CPU."""
         self.handlers += 1
+        self.look(p, seq)
         self.comparators.began(self.now, ch.index, seq)
         if not self.ends_recorded:  # nothing is known to be below it
             p.stack.clear()
@@ -380,6 +437,8 @@ class RecordedBroadcast(Machine):
             self.suspect(ch, p, seq, owned=ch.named and self.now - ch.released_at > self.exit_path_ns)
         elif ch.target not in (NONE, p.index) and self.now - ch.moved_at > self.inflight_ns:
             owner = self.cpus.get(ch.target)
+            if owner is not None:
+                self.look(owner, seq)
             if owner is not None and owner.asleep == 1 and owner.since >= ch.moved_at - self.exit_path_ns:
                 self.wrong_cpu(ch, p.index, ch.target, seq, certain=False, story=self.target_story(ch))
 
@@ -430,6 +489,10 @@ class RecordedBroadcast(Machine):
     def judge(self, s: _Suspect) -> None:
         """The handler ran on a CPU that was awake: it served sleepers elsewhere, or nobody."""
         p = self.cpus[s.cpu]
+        if p.quiet is not None:
+            last = bisect_right(p.quiet.entered, self.now) - 1
+            if last >= 0:
+                self.be(p, p.quiet, last, p.quiet.exited[last] <= self.now)
         if not self.all_seen_since(s.awake_since):
             return
         entering = self.exit_path_ns if s.owned else self.remote_wake_ns + self.exit_path_ns
