@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import resource
@@ -39,11 +40,8 @@ FORMAT_VERSION: Final = 1
 
 #: Most rows of a row group.
 ROW_GROUP: Final = 512 << 10
-#: So many rows of a table are written without waiting for more. Each row group costs memory until the end (0.9 KB a
-#: column), so in a long recording they are larger: by one more of this size and of PENDING_BYTES ...
-FULL_ROWS: Final = 32 << 10
-#: ... with each so many rows of all tables, up to so many times.
-MORE_EVERY, MOST_TIMES = 64 << 20, 3
+#: Rows that Parquet encodes at a time.
+WRITE_ROWS: Final = 32 << 10
 #: Freed memory between what stays is given back each so many times that rows are written.
 GIVE_BACK_EVERY: Final = 16
 #: Bytes of new rows after which it is decided what is written and what waits.
@@ -52,8 +50,9 @@ FRESH_BYTES: Final = 20 << 20
 EVENT_GROUP: Final = 64 << 10
 #: Canonical events that are handed to a machine at a time.
 BATCH_ROWS: Final = 64 << 10
-#: Bytes of all tables together that may wait for a row group.
-PENDING_BYTES: Final = 28 << 20
+#: Bytes of all tables together that may wait for a row group. Each row group costs memory until the end (0.84 KB a
+#: column), so in a long recording more may wait: this much for each row, up to the last.
+PENDING_BYTES, PENDING_OF_ROW, MOST_PENDING = 26 << 20, 0.4, 56 << 20
 #: Columns that grow so steadily that nothing is left to compress in their differences.
 STEADY_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq", "origin.offset"})
 #: Columns in which rows are looked for: the file tells their range in each row group.
@@ -128,6 +127,7 @@ class _TableWriter:
         self.fresh: list[pa.Table] = []  # as they came: perhaps a few rows of a large buffer
         self.waiting: list[pa.Table] = []  # copied, so that they keep nothing else in memory
         self.pending_rows = 0
+        self.pending_bytes = 0
         self.schema = schema
         sizes = [kind.bit_width / 8 if _is_fixed(kind) else None for kind in leaves.values()]
         self.row_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
@@ -140,7 +140,7 @@ class _TableWriter:
             "use_dictionary": [name for name, kind in leaves.items() if _is_text(kind)],
             "column_encoding": {name: "DELTA_BINARY_PACKED" for name, kind in leaves.items() if kind in wide},
             "write_statistics": [name for name in leaves if name in SOUGHT_COLUMNS] or False,
-            "write_batch_size": FULL_ROWS,
+            "write_batch_size": WRITE_ROWS,
         }
 
     def _open(self) -> pq.ParquetWriter:
@@ -176,9 +176,11 @@ class _TableWriter:
 
     def append(self, table: pa.Table) -> int:
         """Keep rows for the next row group; returns their size in bytes."""
+        size = int(table.nbytes if self.row_bytes is None else self.row_bytes * table.num_rows)
         self.fresh.append(table)
         self.pending_rows += table.num_rows
-        return int(table.nbytes if self.row_bytes is None else self.row_bytes * table.num_rows)
+        self.pending_bytes += size
+        return size
 
     def flush(self) -> None:
         """Write what waits as one row group."""
@@ -187,20 +189,22 @@ class _TableWriter:
             whole = parts[0] if len(parts) == 1 else pa.concat_tables(parts).unify_dictionaries()
             self._write(whole)
             self.rows += self.pending_rows
-        self.fresh, self.waiting, self.pending_rows = [], [], 0
+        self.fresh, self.waiting, self.pending_rows, self.pending_bytes = [], [], 0, 0
 
-    def compact(self) -> int:
-        """Copy what goes on waiting: tables are slices of a batch, and a few rows would keep all of it in memory.
+    def urgency(self) -> float:
+        """Tables of which this is largest are written first.
 
-        Returns the size of what waits in bytes.
+        With groups in proportion to the square root of how fast a table grows, a given memory for what waits makes the
+        fewest row groups; writing whatever is biggest makes a half more.
         """
+        return self.pending_bytes / math.sqrt(self.rows + self.pending_rows)
+
+    def compact(self) -> None:
+        """Copy what goes on waiting: tables are slices of a batch, and a few rows would keep all of it in memory."""
         if self.fresh:
             copied = pa.concat_tables([*self.fresh, self.fresh[0].slice(0, 0)]).unify_dictionaries().combine_chunks()
             self.waiting.append(copied)
             self.fresh = []
-        if self.row_bytes is None:
-            return sum(int(table.nbytes) for table in self.waiting)
-        return int(self.row_bytes * self.pending_rows)
 
     def close(self) -> None:
         self.flush()
@@ -289,23 +293,18 @@ class DatasetWriter:
         return sum(w.rows + w.pending_rows for w in self.writers.values())
 
     def flush(self) -> None:
-        """Write the tables of which much waits; the biggest of the others too when they are too much together."""
-        waiting: list[tuple[int, str]] = []
-        times = min(MOST_TIMES, 1 + self.total_rows() // MORE_EVERY)
-        for name, writer in self.writers.items():
-            if writer.pending_rows >= times * FULL_ROWS:
+        """Write tables until what waits in the others is little enough, and copy that."""
+        waiting = sorted((w for w in self.writers.values() if w.pending_rows), key=_TableWriter.urgency, reverse=True)
+        pending = sum(writer.pending_bytes for writer in waiting)
+        room = min(MOST_PENDING, max(PENDING_BYTES, PENDING_OF_ROW * self.total_rows()))
+        for writer in waiting:
+            if pending > room or writer.pending_rows >= ROW_GROUP:
+                pending -= writer.pending_bytes
                 writer.flush()
-            elif writer.pending_rows:
-                waiting.append((writer.compact(), name))
+            else:
+                writer.compact()
         self.fresh_bytes = 0
         self.flushes += 1
-        pending = sum(size for size, _ in waiting)
-        if pending > times * PENDING_BYTES:
-            for size, name in sorted(waiting, reverse=True):
-                self.writers[name].flush()
-                pending -= size
-                if pending <= times * PENDING_BYTES // 2:
-                    break
         if self.flushes % GIVE_BACK_EVERY == 0:
             _give_back()
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tracetool.store
+from parsers.xentrace.reader import XentraceReader
 from replay.binding import xentrace, xentrace_hpet
 from tests.shared import SAMPLES
 from tracetool.ingest import IngestOptions, ingest
@@ -45,11 +46,13 @@ def test_events_do_not_depend_on_slices(tmp_path: Path, monkeypatch: pytest.Monk
 def test_row_groups_grow_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of row groups changes while a recording is stored; every row is there, in order."""
     ingest([RECORDING], tmp_path / "one", IngestOptions())
-    for name, value in (("FULL_ROWS", 64), ("FRESH_BYTES", 1 << 14), ("PENDING_BYTES", 1 << 14), ("MORE_EVERY", 2000)):
+    monkeypatch.setitem(XentraceReader.__init__.__kwdefaults__, "batch_words", 2048)  # type: ignore[arg-type]
+    for name, value in (("FRESH_BYTES", 1 << 14), ("PENDING_BYTES", 1 << 14), ("PENDING_OF_ROW", 4)):
         monkeypatch.setattr(tracetool.store, name, value)
     ingest([RECORDING], tmp_path / "two", IngestOptions())
     one, two = Dataset.open(tmp_path / "one"), Dataset.open(tmp_path / "two")
     assert one.tables() == two.tables()
+    assert max(pq.ParquetFile(two.table_path(name)).num_row_groups for name in two.tables()) > 3
     for name in one.tables():
         assert _rows(one.table_path(name)).equals(_rows(two.table_path(name))), name
     assert _rows(one.path / "events.parquet").equals(_rows(two.path / "events.parquet"))
@@ -57,7 +60,8 @@ def test_row_groups_grow_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_null_that_comes_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns are stored as having no null until one comes; what was written before stays as it was."""
-    monkeypatch.setattr(tracetool.store, "FULL_ROWS", 1)
+    monkeypatch.setattr(tracetool.store, "PENDING_BYTES", 0)
+    monkeypatch.setattr(tracetool.store, "PENDING_OF_ROW", 0)
     name = pa.dictionary(pa.int16(), pa.string())
     schema = pa.schema([("seq", pa.uint64()), ("ok", pa.bool_()), ("word", pa.uint32()), ("name", name)])
     batches: list[dict[str, list[object]]] = [
