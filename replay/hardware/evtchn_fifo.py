@@ -41,8 +41,8 @@ class FifoPort(PortBits):
     """One event word, field by field; LINK 0 ends a queue. Every field may be UNKNOWN."""
 
     __slots__ = (
-        "busy", "busy_gen", "changes", "clears", "generation", "last_prio", "last_vcpu", "link", "linked",
-        "notify_vcpu", "number", "old_queue", "pend_t", "priority", "reported", "since",
+        "busy_t", "changes", "clears", "last_vcpu", "link", "link_gen", "linked", "notify_vcpu", "number", "pend_t",
+        "priority", "reported", "since",
     )  # fmt: skip
 
     def __init__(self, number: int, known: bool) -> None:
@@ -50,27 +50,23 @@ class FifoPort(PortBits):
         super().__init__(blank, blank)
         self.number: int = number
         self.linked: int = blank
-        self.busy: int = blank
         self.link: int = blank
+        self.link_gen: int = NONE  # generation of the domain's ends in which LINK was learnt
         self.notify_vcpu: int = 0 if known else NONE
-        self.priority: int = DEFAULT_PRIORITY
-        self.last_vcpu: int = self.notify_vcpu  # queue it was last linked on (hypervisor)
-        self.last_prio: int = DEFAULT_PRIORITY
-        self.old_queue: bool = False  # its queue changed while it was linked
+        self.priority: int = DEFAULT_PRIORITY  # changes are not recorded
+        self.last_vcpu: int = self.notify_vcpu  # on whose queue it was linked last (hypervisor)
         self.changes: int = 0  # queue changes since it was last linked
         self.clears: bool = False
-        self.pend_t: int = NIL
+        self.pend_t: int = NIL  # when PENDING became (known to be) 1
         self.since: int = INF  # pending, not masked, not linked since
-        self.generation: int = 0
-        self.busy_gen: int = 0
+        self.busy_t: int = INF  # BUSY since; NIL once that has been told
         self.reported: bool = False
 
     def set_word(self, word: int) -> None:
-        """The whole event word was read."""
+        """The whole event word was read; BUSY is left to the monitor."""
         self.pending = 1 if word & PENDING else 0
         self.masked = 1 if word & MASKED else 0
         self.linked = 1 if word & LINKED else 0
-        self.busy = 1 if word & BUSY else 0
         self.link = word & LINK_MASK
 
     def unlink(self) -> int:
@@ -82,20 +78,18 @@ class FifoPort(PortBits):
 
     def forget(self) -> None:
         """Records were lost (U2)."""
-        self.pending = self.masked = self.linked = self.busy = self.link = UNKNOWN
+        self.pending = self.masked = self.linked = self.link = UNKNOWN
         self.notify_vcpu = self.last_vcpu = NONE
-        self.old_queue = False
         self.changes = 0
-        self.since = INF
-        self.generation += 1
-        self.busy_gen += 1
+        self.since = self.busy_t = INF
         self.reported = False
 
 
 class FifoVcpu:
     """A vCPU's control block: `head[q]` and `ready` are shared, `tail[q]` is the hypervisor's, `lhead[q]` the guest's.
 
-    A head or tail is a port, 0 for none, UNKNOWN; a bit of `ready` counts where `ready_known` has it too.
+    A head or tail is a port, 0 for none, UNKNOWN; a bit of `ready` counts where `ready_known` has it too. Upcalls are
+    the model's own in closed runs; in recordings they are as recorded.
     """
 
     __slots__ = (
@@ -110,11 +104,11 @@ class FifoVcpu:
         self.lhead: list[int] = [blank] * QUEUES
         self.tail: list[int] = [blank] * QUEUES
         self.ready: int = 0
-        self.ready_known: int = (1 << QUEUES) - 1 if known else 0
+        self.ready_known: int = -1 if known else 0  # -1: all bits
         self.consuming: int = blank
-        self.mapped: int = UNKNOWN
-        self.upcall_pending: int = blank
-        self.upcall_mask: int = blank
+        self.mapped: bool = True  # it has a control block
+        self.upcall_pending: bool = False  # of closed runs only, as upcall_mask
+        self.upcall_mask: int = 0
         self.dispatched: int = 0
 
     def ready_test(self, queue: int) -> int:
@@ -127,25 +121,28 @@ class FifoVcpu:
         """Records were lost (U2)."""
         for queue in range(QUEUES):
             self.head[queue] = self.lhead[queue] = self.tail[queue] = UNKNOWN
-        self.ready = 0
         self.ready_known = 0
         self.consuming = UNKNOWN
-        self.upcall_pending = UNKNOWN
-        self.upcall_mask = UNKNOWN
 
 
-def walk(ports: dict[int, FifoPort], start: int) -> tuple[list[int], bool, bool]:
-    """Follow LINK from port `start`: (ports met, came to the end for certain, ran into a cycle)."""
-    met: list[int] = []
-    seen: set[int] = set()
+def walk(ports: dict[int, FifoPort], start: int, ends_gen: int) -> tuple[list[int], bool, bool]:
+    """Follow LINK from port `start`: (LINKED ports met, for certain all there are, in a cycle).
+
+    A head that is not LINKED was consumed and is left where it was: there the queue is empty. LINK 0 is an end for
+    certain only if it was learnt in generation `ends_gen`: since then nothing was linked behind an unknown port.
+    """
+    met: dict[int, None] = {}
     at = start
     while at > 0:
-        if at in seen:
-            return met, False, True
-        seen.add(at)
-        met.append(at)
+        if at in met:
+            return list(met), True, True
         port = ports.get(at)
-        if port is None or port.link == UNKNOWN:
-            return met, False, False
+        if port is None or port.linked == UNKNOWN:
+            return list(met), False, False
+        if port.linked == 0:
+            break
+        met[at] = None
         at = port.link
-    return met, at == 0, False
+        if at == 0 and port.link_gen != ends_gen:
+            return list(met), False, False
+    return list(met), at >= 0, False

@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 
 from replay.agenda import SOFTWARE
 from replay.events import INF, KIND_ID, NIL, NONE
-from replay.hardware.evtchn_fifo import PORTS, QUEUES, FifoPort, FifoVcpu
+from replay.hardware.evtchn_fifo import BUSY, PORTS, QUEUES, FifoPort, FifoVcpu
 from replay.knowledge import UNKNOWN
 from replay.systems.event_channel import codes
 from replay.systems.event_channel import machine as two_level
@@ -36,12 +36,9 @@ class FifoMachine(FifoRules):
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """The event glue."""
-        heap = self.agenda.heap
         closed = self.closed
         for kind, t, d, v, p, tgt, val, flags, seq in rows:
-            if heap and heap[0][0] <= t:
-                self.advance(t)
-            self.now = t
+            self.advance(t)
             self.seq = seq
             dom = self.domain(d)
             if kind == CHECK:
@@ -53,7 +50,7 @@ class FifoMachine(FifoRules):
                     self.on_vcpu(dom, dom.vcpu(v), kind, tgt, val)
             elif kind in (two_level.UPCALL_MASK, two_level.UPCALL_UNMASK):
                 if v >= 0:
-                    self.set_upcall_mask(dom, dom.vcpu(v), 1 if kind == two_level.UPCALL_MASK else 0)
+                    self.set_upcall_mask(dom, dom.vcpu(v), kind == two_level.UPCALL_MASK)
             elif not 0 < p < PORTS:
                 self.out_of_range(dom, p)
             elif kind == two_level.SEND:
@@ -78,13 +75,14 @@ class FifoMachine(FifoRules):
     def on_binding(self, dom: FifoDomain, port: FifoPort, kind: int, vcpu: int, val: int, flags: int) -> None:
         """Bind, rebind, close. FIFO's guest side needs no binding of its own: the queue decides."""
         if kind == two_level.BIND:
-            port.notify_vcpu = port.last_vcpu = max(vcpu, 0)
+            port.notify_vcpu = max(vcpu, 0)
             if flags & 1:
                 self.send(dom, port)
         elif kind in (two_level.BIND_VCPU, two_level.REBIND):
-            if vcpu != port.notify_vcpu:
+            if vcpu < 0 and self.closed:  # a request that does not say where to
+                return
+            if vcpu != port.notify_vcpu:  # F4: what is linked stays where it is
                 port.changes += 1
-                port.old_queue = port.linked == 1
             port.notify_vcpu = vcpu
         elif kind == two_level.CLOSE:
             self.closed_pending += port.pending == 1
@@ -94,7 +92,7 @@ class FifoMachine(FifoRules):
 
     def out_of_range(self, dom: FifoDomain, port: int) -> None:
         """No such event word."""
-        key = ("range", port, 0)
+        key = (codes.PORT_RANGE.name, NONE, port)
         if port >= PORTS and key not in dom.reported and len(dom.reported) < 10_000:
             dom.reported.add(key)
             self.sink.report(
@@ -106,13 +104,15 @@ class FifoMachine(FifoRules):
 
     def on_word(self, dom: FifoDomain, port: FifoPort, word: int) -> None:
         """An event word was read."""
-        was_busy = port.busy
+        if port.pending != 1:
+            port.pend_t = self.now
         port.set_word(word)
-        if port.busy == 1 and was_busy != 1:
-            port.busy_gen += 1
-            self.agenda.at(self.now + self.busy_ns, SOFTWARE, BUSY_LONG, dom.id, port.number, port.busy_gen)
-        elif port.busy == 0:
-            port.busy_gen += 1
+        port.link_gen = dom.ends_gen
+        if not word & BUSY:
+            port.busy_t = INF
+        elif port.busy_t == INF:
+            port.busy_t = self.now
+            self.agenda.at(self.now + self.busy_ns, SOFTWARE, BUSY_LONG, dom.id, port.number)
         self.recheck(dom, port)
         self.arm(dom)
 
@@ -122,29 +122,25 @@ class FifoMachine(FifoRules):
             if 0 <= queue < QUEUES and val != NIL:
                 vcpu.head[queue] = val
                 vcpu.tail[queue] = UNKNOWN
-            vcpu.mapped = 1
+            vcpu.mapped = True
         elif kind == READY:
             if val != NIL:
-                vcpu.ready = val & (1 << QUEUES) - 1
-                vcpu.ready_known = (1 << QUEUES) - 1
-            vcpu.mapped = 1
+                vcpu.ready = val
+                vcpu.ready_known = -1
+            vcpu.mapped = True
         elif kind == CONSUMING:
             vcpu.consuming = 0 if val == 0 else 1
         elif kind == two_level.UPCALL:
             self.upcalls += 1
             vcpu.consuming = 1
-            vcpu.upcall_pending = 0
             vcpu.dispatched = 0
         else:
-            vcpu.consuming = 0
-            if vcpu.dispatched == 0:
+            if vcpu.consuming == 1 and vcpu.dispatched == 0:
                 self.spurious_upcalls += 1
-            if vcpu.upcall_pending == 1:
-                vcpu.upcall_pending = UNKNOWN
+            vcpu.consuming = 0
             for index in range(QUEUES):  # what arrived during the loop may have been drained
-                self.blur_queue(vcpu, index)
+                vcpu.head[index] = UNKNOWN
                 vcpu.lhead[index] = 0
-            vcpu.ready = 0
             vcpu.ready_known = 0
         self.arm(dom)
 
@@ -152,15 +148,14 @@ class FifoMachine(FifoRules):
         """F2 as recorded: the event was taken off its queue and dispatched on `vcpu`."""
         self.handled += 1
         vcpu.dispatched += 1
-        if port.pending == 1 and port.pend_t != NIL:
+        if port.pending == 1:
             self.max_delivery_ns = max(self.max_delivery_ns, self.now - port.pend_t)
-        queue = port.last_prio
-        if port.old_queue and port.last_vcpu == vcpu.number != port.notify_vcpu:
+        queue = port.priority
+        if port.linked == 1 and port.last_vcpu == vcpu.number != port.notify_vcpu:
             self.sink.report(
                 codes.FIFO_OLD_QUEUE, self.now, dom=dom.id, vcpu=vcpu.number, obj=port.number, tgt=port.notify_vcpu,
                 seq=self.seq, observed=f"queue {queue} of vcpu{vcpu.number}",
             )  # fmt: skip
-        port.old_queue = False
         higher = vcpu.ready & vcpu.ready_known & ((1 << queue) - 1)
         if higher and port.last_vcpu == vcpu.number:
             self.inversions += 1
@@ -176,7 +171,6 @@ class FifoMachine(FifoRules):
         vcpu.lhead[queue] = following
         if following <= 0:  # read again before the next step
             vcpu.ready &= ~(1 << queue)
-            vcpu.lhead[queue] = following
         if not port.clears:
             port.pending = UNKNOWN
         port.since = INF
@@ -197,14 +191,15 @@ class FifoMachine(FifoRules):
             self.upcall(dom, dom.vcpu(b))
         elif action == UNLINKED:
             port = dom.port(b)
-            if port.generation == c and port.since != INF:
+            if port.since == self.now - self.strand_ns:
                 self.report_unlinked(dom, port)
         elif action == EVALUATE:
             dom.armed = False
             self.evaluate(dom, self.strand_ns)
         elif action == BUSY_LONG:
             port = dom.port(b)
-            if port.busy_gen == c and port.busy == 1:
+            if port.busy_t == self.now - self.busy_ns:
+                port.busy_t = NIL
                 self.sink.report(
                     codes.FIFO_BUSY_STUCK, self.now, dom=dom.id, obj=port.number, t_first=self.now - self.busy_ns,
                     expected="BUSY for a few instructions", observed=f"BUSY for {self.busy_ns} ns",

@@ -44,6 +44,7 @@ class FifoDomain:
         self.suspects: dict[tuple[str, int, int], int] = {}  # violation seen, and since when
         self.reported: set[tuple[str, int, int]] = set()
         self.armed: bool = False
+        self.ends_gen: int = 0  # grows whenever something was linked behind an unknown port
 
     def port(self, number: int) -> FifoPort:
         """The port's record."""
@@ -82,9 +83,7 @@ class FifoMonitor(Machine):
         if port.pending == 1 and port.masked == 0 and port.linked == 0:
             if port.since == INF:
                 port.since = self.now
-                port.generation += 1
-                due = self.now + self.strand_ns
-                self.agenda.at(due, SOFTWARE, UNLINKED, dom.id, port.number, port.generation)
+                self.agenda.at(self.now + self.strand_ns, SOFTWARE, UNLINKED, dom.id, port.number)
         else:
             port.since = INF
             if port.pending != 1:
@@ -115,15 +114,15 @@ class FifoMonitor(Machine):
     def evaluate(self, dom: FifoDomain, grace: int) -> None:
         """Look at every queue; what has been wrong for `grace` ns is reported. A walk that meets something unknown
         proves nothing about ports that were not met."""
-        wrong: dict[tuple[str, int, int], int] = {}
+        wrong: dict[tuple[str, int, int], None] = {}
         met: set[int] = set()
-        complete = bool(dom.vcpus)
+        complete = dom.known and bool(dom.vcpus)  # or there may be vCPUs that nobody has named yet
         for vcpu in dom.vcpus.values():
             for queue in range(QUEUES):
                 complete &= self.look_at_queue(dom, vcpu, queue, met, wrong)
         for port in dom.ports.values():
             if port.linked == 1 and complete and port.number not in met:
-                wrong[(codes.FIFO_LINKED_UNREACHABLE.name, NONE, port.number)] = 0
+                wrong[(codes.FIFO_LINKED_UNREACHABLE.name, NONE, port.number)] = None
             if grace == 0 and port.since != INF:
                 self.report_unlinked(dom, port)
         for key in [key for key in dom.suspects if key not in wrong]:
@@ -140,20 +139,20 @@ class FifoMonitor(Machine):
             self.arm(dom)
 
     def look_at_queue(
-        self, dom: FifoDomain, vcpu: FifoVcpu, queue: int, met: set[int], wrong: dict[tuple[str, int, int], int]
+        self, dom: FifoDomain, vcpu: FifoVcpu, queue: int, met: set[int], wrong: dict[tuple[str, int, int], None]
     ) -> bool:
         """Walk one queue from the guest's own head and from the shared one. True when all of it is known."""
         complete = True
         events = 0
         for start in (vcpu.lhead[queue], vcpu.head[queue]):
-            found, ended, cycle = walk(dom.ports, start)
+            found, whole, cycle = walk(dom.ports, start, dom.ends_gen)
             met.update(found)
             events += len(found)
-            complete &= ended or cycle
+            complete &= whole
             if cycle:
-                wrong[(codes.FIFO_QUEUE_CYCLE.name, vcpu.number, queue)] = 0
+                wrong[(codes.FIFO_QUEUE_CYCLE.name, vcpu.number, queue)] = None
         if events and vcpu.ready_test(queue) == 0 and vcpu.consuming == 0:
-            wrong[(codes.FIFO_READY_LOST.name, vcpu.number, queue)] = 0
+            wrong[(codes.FIFO_READY_LOST.name, vcpu.number, queue)] = None
         return complete and vcpu.consuming == 0
 
     def report_once(self, dom: FifoDomain, name: str, vcpu: int, number: int) -> None:
