@@ -118,7 +118,7 @@ class ListRegisters:
         self.count: int = count
         self.words: list[int] = [0] * count
         self.hcr: int = 0
-        self.vmcr: int = 0
+        self.vmcr: int
         self.write_vmcr(0)
         self.apr: int = 0
 
@@ -239,7 +239,7 @@ class ListRegisters:
         """
         if value & LR_VIRTUAL > 1019:
             return -1
-        self.apr &= self.apr - 1 if self.apr else 0
+        self.apr &= self.apr - 1  # without the highest; 0 stays 0
         if self.vmcr & VMCR_EOIMODE:
             return -1
         return self.deactivate_virtual(value)

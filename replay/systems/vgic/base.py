@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 from replay.agenda import SOFTWARE
 from replay.declare import Config
 from replay.events import KIND_ID, NIL, NONE
+from replay.knowledge import UNKNOWN
 from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems.vgic.monitor import MISMATCH, Monitor
@@ -105,6 +106,8 @@ class VgicBase(Machine):
             index = self.vcpu_of[key] = len(self.vcpus)
             cpu = self.home(dom, number)
             self.vcpus.append(Vcpu(index, dom, number, self.nr_lrs, cpu))
+            if not self.knows_start():
+                self.vcpus[index].kicks = UNKNOWN
             if cpu >= 0:
                 self.current[cpu] = index
         return index
@@ -243,11 +246,11 @@ class VgicBase(Machine):
         q.migrate_from = q.inflight_on
         q.disturbed = False
         self.monitor.migration_began(q)
+        self.check_affinity(q)
 
     def end_migration(self, q: Irq) -> None:
         """MIGRATING is over."""
         q.migrating = 0
-        q.migrate_from = NONE
         q.edit = False
         self.monitor.migration_ended(q)
         self.check_affinity(q)

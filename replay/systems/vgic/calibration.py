@@ -85,10 +85,10 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     result.init = {"targets": {int(o): int(v) for o, v in first.select("obj", "vcpu").iter_rows()}}
     weak = of_kinds(events, "vgic.itargets").filter(pl.col("t_err_ns") > 2_000)
     if weak.height:
-        widest = weak["t_err_ns"].max()
+        widest = weak.select(pl.col("t_err_ns").max()).item()
         result.assumptions.append(
             f"{weak.height} of the guest's writes to ITARGETSR are known by their effect only: up to "
-            f"{(widest if isinstance(widest, int) else 0) / 1e6:.1f} ms earlier than assumed"
+            f"{widest / 1e6:.1f} ms earlier than assumed"
         )
     return result
 

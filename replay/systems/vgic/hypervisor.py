@@ -104,7 +104,6 @@ class Hypervisor(VgicBase):
             if q.enabled:
                 self.raise_irq(v, q)
         self.kick(v, KICK_NEW)
-        self.monitor.check(q)
 
     def queue(self, q: Irq) -> None:
         """vgic_vcpu_inject_irq: QUEUED := 1."""
@@ -116,8 +115,6 @@ class Hypervisor(VgicBase):
         if not q.queued:
             q.queued = 1
             q.queued_since = self.now
-        if q.migrating:
-            q.disturbed = True
 
     def raise_irq(self, v: int, q: Irq) -> None:
         """gic_raise_guest_irq: into a free list register if `v` executes here and nobody waits, else lr_pending."""
@@ -150,8 +147,6 @@ class Hypervisor(VgicBase):
         vcpu.owner[lr] = q
         vcpu.loaded[lr] = self.now
         vcpu.loaded_seq[lr] = self.seq
-        vcpu.serial[lr] += 1
-        q.visible = 1
         q.lr = lr
         q.soft = False
         self.dequeued(q)
@@ -193,7 +188,6 @@ class Hypervisor(VgicBase):
             self.monitor.check(q)
             return
         if state == ACTIVE:
-            q.active = 1
             if q.queued:
                 self.monitor.hw_pending_active(q, vcpu.id)
         else:
@@ -202,15 +196,12 @@ class Hypervisor(VgicBase):
             self.edit_lr(vcpu, lr, q)
 
     def free_lr(self, vcpu: Vcpu, lr: int, q: Irq) -> None:
-        """The list register is empty; the interrupt is no longer VISIBLE or ACTIVE."""
+        """The list register is empty (invalid already, or about to be loaded); the interrupt is no longer VISIBLE."""
         self.monitor.cleared(q, vcpu, lr)
-        vcpu.lrs.write(lr, 0)
         vcpu.owner[lr] = None
         vcpu.serial[lr] += 1
         vcpu.invalid_since[lr] = NIL
         q.lr = NO_LR
-        q.visible = 0
-        q.active = 0
         self.emit(LR_CLEAR, vcpu.running_on, vcpu.id, q.obj, lr)
 
     def leave_inflight(self, q: Irq) -> None:
@@ -280,6 +271,7 @@ class Hypervisor(VgicBase):
         else:
             q.lr_pending_on = vcpu.id
             enqueue(vcpu.lr_pending, q)
+        self.monitor.check(q)
         return lr
 
     # -- what a policy may do ----------------------------------------------------------------------------
@@ -315,17 +307,13 @@ class Hypervisor(VgicBase):
             self.kick(old.id, KICK_EDIT)
 
     def edit_lr(self, vcpu: Vcpu, lr: int, q: Irq) -> None:
-        """HW=0, EOI=1; bits 19:10 stop being the physical id. Too late if the guest has written EOIR already."""
+        """HW=0, EOI=1; bits 19:10 stop being the physical id. The guest has not written EOIR: G3 was here before."""
         q.edit = False
-        if vcpu.lrs.state(lr) == INVALID:
-            self.sync_lr(vcpu, lr)
-            return
         vcpu.lrs.write(lr, vcpu.lrs.words[lr] & ~(LR_HW | _PHYSICAL) | LR_EOI)
         q.soft = True
         self.emit(LR_WRITE, vcpu.running_on, vcpu.id, q.obj, lr, vcpu.lrs.words[lr])
 
     def deactivate_for_guest(self, q: Irq) -> None:
         if q.soft:
-            q.soft = False
             self.emit(DEACTIVATE, self.pcpu(), NONE, q.obj)
             self.deactivate(q)

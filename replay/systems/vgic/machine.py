@@ -60,7 +60,6 @@ class VgicMachine(Hypervisor):
         vcpu.lrs.set_state(lr, INVALID)
         vcpu.invalid_since[lr] = self.now
         self.emit(GUEST_EOI, vcpu.running_on, vcpu.id, q.obj)
-        self.monitor.check(q)
         if word & LR_HW:
             self.deactivate(q)
         elif word & LR_EOI:

@@ -331,7 +331,7 @@ class Monitor:
                 self.report(
                     PHYS_ACTIVE_LEAK,
                     q,
-                    q.inflight_on if q.inflight_on >= 0 else NONE,
+                    NONE,
                     val=now - q.leak_since,
                     since=q.leak_since,
                     expected="deactivated with the virtual EOI",

@@ -43,7 +43,7 @@ class Naive(Policy):
     name = "naive"
 
     def on_itargets(self, m: VgicBase, q: Irq, writer: int, new: int) -> None:
-        m.set_target(q, new)
+        super().on_itargets(m, q, writer, new)
         if m.phys_immediate:
             m.move_affinity(q)
 

@@ -106,22 +106,18 @@ class RecordedVgic(VgicBase):
             return
         if q.migrating == UNKNOWN or q.lr == NOWHERE_KNOWN:
             q.target = NONE
-            q.wrote = NIL
             q.migrating = UNKNOWN
             q.mismatch_since = NIL
         else:
             self.note_move(q, writer, new)
             self.policy.on_itargets(self, q, writer, new)
-        self.monitor.check(q)
 
     def note_move(self, q: Irq, writer: int, new: int) -> None:
         """A row of `extra["vgic_moves"]`: when the guest moved it, in which state, when that was done."""
-        held = q.lr >= 0
-        word = self.vcpus[q.inflight_on].lrs.words[q.lr] if held and q.inflight_on >= 0 else 0
         states = ("empty, not noticed yet", "pending", "active", "pending and active")
         row: dict[str, int | str | None] = {
             "t_ns": self.now, "irq": q.obj, "writer": writer, "from": q.target if q.target >= 0 else None, "to": new,
-            "list_register": states[lr_state(word)] if held else "none",
+            "list_register": states[self.vcpus[q.inflight_on].lrs.state(q.lr)] if q.lr >= 0 else "none",
             "physical": {0: "idle", 1: "active"}.get(q.p_active, "unknown"),
             "completed_ns": None, "next_ack_ns": None,
         }  # fmt: skip
@@ -172,7 +168,7 @@ class RecordedVgic(VgicBase):
             self.monitor.unneeded(cpu, self.current.get(cpu, NONE))
 
     def injected(self, v: int, q: Irq) -> None:
-        """G1: QUEUED. Whether it went to lr_pending is not recorded, unless it has a list register."""
+        """G1: QUEUED. Whether it went to lr_pending is not recorded; it does not matter if it has a list register."""
         if q.queued != 1:
             q.queued = 1
             q.queued_since = self.now
@@ -180,8 +176,7 @@ class RecordedVgic(VgicBase):
             q.disturbed = True
         if q.waiting_since == NIL and q.enabled == 1:
             self.monitor.arrived(q)
-        if q.lr < 0:
-            q.lr_pending_on = NOWHERE_KNOWN
+        q.lr_pending_on = NOWHERE_KNOWN
         self.monitor.check(q)
 
     def lr_written(self, v: int, cpu: int, q: Irq, lr: int, word: int) -> None:
@@ -220,8 +215,6 @@ class RecordedVgic(VgicBase):
         vcpu.invalid_since[lr] = NIL
         q.lr = lr
         q.inflight_on = vcpu.id
-        q.lr_pending_on = NO_LR
-        q.visible = 1
         if q.queued == 1:
             self.monitor.queued_ns += self.now - q.queued_since
             if q.enabled == UNKNOWN:
@@ -241,8 +234,7 @@ class RecordedVgic(VgicBase):
         if lr >= MAX_LRS:
             return
         if self.executed_on(vcpu, cpu, q, lr):
-            self.monitor.check(q)  # what was cleared is a register of another vcpu
-            return
+            return  # what was cleared is a register of another vcpu
         if lr >= 0:
             vcpu.grow(lr)
             old = vcpu.owner[lr]
@@ -253,11 +245,8 @@ class RecordedVgic(VgicBase):
             elif old is not None:
                 self.displaced(old)
             vcpu.owner[lr] = None
-            vcpu.lrs.write(lr, 0)
             vcpu.invalid_since[lr] = NIL
         q.lr = NO_LR
-        q.visible = 0
-        q.active = 0
         q.inflight_on = NO_LR if q.queued == 0 else NOWHERE_KNOWN
         q.lr_pending_on = NO_LR if q.queued == 0 else NOWHERE_KNOWN
         if q.migrating == 1:
@@ -270,7 +259,6 @@ class RecordedVgic(VgicBase):
         """Another interrupt sits in its list register: evicted, or cleared without a record."""
         q.lr = NO_LR
         q.inflight_on = NOWHERE_KNOWN
-        q.lr_pending_on = NOWHERE_KNOWN
         q.queued = UNKNOWN
         q.migrating = UNKNOWN
         self.forget_physical(q)
@@ -361,7 +349,6 @@ class RecordedVgic(VgicBase):
             vcpu.kicks = UNKNOWN
             for lr in range(len(vcpu.owner)):
                 vcpu.owner[lr] = None
-                vcpu.lrs.write(lr, 0)
                 vcpu.invalid_since[lr] = NIL
         self.current = {cpu: v for cpu, v in self.current.items() if self.vcpus[v].running_on == cpu}
 

@@ -24,10 +24,10 @@ class Irq:
     """One interrupt of a guest (struct pending_irq and the physical side of its irq_desc). Times are ns."""
 
     __slots__ = (
-        "active", "disturbed", "dom", "edit", "enabled", "foreign", "gen", "id", "inflight_on", "leak_since", "lr",
+        "disturbed", "dom", "edit", "enabled", "foreign", "gen", "id", "inflight_on", "leak_since", "lr",
         "lr_pending_on", "migrate_from", "migrating", "migrating_since", "mismatch_since", "moved", "obj", "p_active",
         "p_affinity", "p_latch", "priority", "queued", "queued_since", "raised_at", "soft", "stranded_since",
-        "stranded_until", "target", "visible", "waiting_since", "wrote", "wrote_seq",
+        "stranded_until", "target", "waiting_since", "wrote", "wrote_seq",
     )  # fmt: skip
 
     def __init__(self, index: int, obj: int, dom: int, *, known: bool) -> None:
@@ -44,8 +44,6 @@ class Irq:
         # status word
         self.enabled: int = 1 if known else UNKNOWN
         self.queued: int = flag
-        self.visible: int = flag
-        self.active: int = flag
         self.migrating: int = flag
         self.priority: int = DEFAULT_PRIORITY
         # places: a list register index, the vcpu whose list the node is on
@@ -95,10 +93,10 @@ class Vcpu:
         self.loaded: list[int] = [NIL] * nr_lrs  # ns
         self.loaded_seq: list[int] = [NONE] * nr_lrs
         self.invalid_since: list[int] = [NIL] * nr_lrs  # guest's EOI, until the next entry
-        self.serial: list[int] = [0] * nr_lrs  # a new one with every content
+        self.serial: list[int] = [0] * nr_lrs  # a new one when its content goes (predicted state only)
         self.lr_pending: list[Irq] = []
         self.inflight: list[Irq] = []
-        self.kicks: int = 0  # sent to it, not yet taken
+        self.kicks: int = 0  # sent to it, not yet taken; UNKNOWN where the recording does not tell
         self.waiting: list[tuple[int, int, int]] = []  # guest's acts that wait for it to run: action, LR, serial
 
     def grow(self, lr: int) -> None:
@@ -109,7 +107,6 @@ class Vcpu:
             self.loaded.append(NIL)
             self.loaded_seq.append(NONE)
             self.invalid_since.append(NIL)
-            self.serial.append(0)
 
     def free_lr(self) -> int:
         """Lowest list register that holds nothing, -1 without one. An invalid but VISIBLE one is in use."""
