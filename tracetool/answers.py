@@ -5,16 +5,17 @@ calibration and the effects that the recorded policy's what-if has. An answer is
 dataset, the program itself (`program`) and all that was asked; whatever differs is another answer. One file each:
 
     digest of the rest (hexadecimal), newline
-    JSON, newline
-    bytes (arrays)
+    JSON values and bytes (arrays) as Python's marshal, which takes a third of the time of JSON text
 
-A file that is damaged or gone means that the answer is computed again. `TRACETOOL_CACHE=0` neither keeps nor uses any.
+It is the user's own folder, and the digest is looked at before anything else. A file that is damaged or gone means
+that the answer is computed again. `TRACETOOL_CACHE=0` neither keeps nor uses any.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import marshal
 import os
 import sys
 from collections.abc import Mapping
@@ -86,16 +87,16 @@ class Answers:
             said, _, rest = content.partition(b"\n")
             if hashlib.sha256(rest).hexdigest().encode() != said:
                 return None
-            text, _, arrays = rest.partition(b"\n")
+            answer, arrays = marshal.loads(rest)
             os.utime(path)  # it was of use just now
-            return json.loads(text), arrays
-        except (OSError, ValueError):
+            return answer, arrays
+        except (OSError, ValueError, TypeError, EOFError):
             return None
 
     def put(self, answer: Mapping[str, Any], arrays: bytes, *asked: Any) -> None:
         """Keep an answer, if that is possible."""
         path = self._path(asked)
-        rest = json.dumps(answer).encode() + b"\n" + arrays
+        rest = marshal.dumps((dict(answer), arrays))
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         with suppress(OSError):
             self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
