@@ -171,10 +171,8 @@ class IrqFlowMachine(IrqFlowRules):
         irq.entering = NONE
         irq.irqs_pending = 0
         irq.begin_t = self.now
-        irq.consumed = False
         irq.first_run = False
         irq.raises_known = self.sees("flow.raise")
-        irq.quiet_since = INF
         irq.ahead = len(irq.outstanding)
         if irq.outstanding and self.now - irq.outstanding[0] > self.max_latency_ns:
             self.max_latency_ns = self.now - irq.outstanding[0]
@@ -187,7 +185,6 @@ class IrqFlowMachine(IrqFlowRules):
     def on_consume(self, irq: IrqRecord) -> None:
         """The handler looked at its ring for the last time."""
         irq.consume_seen = True
-        irq.consumed = True
         self.consumed += irq.consume_until(self.now)
 
     def on_end(self, irq: IrqRecord, cpu: int, value: int) -> None:
@@ -201,7 +198,7 @@ class IrqFlowMachine(IrqFlowRules):
         irq.end_t = self.now
         if not began:
             irq.drop(len(irq.outstanding))
-        elif not irq.consumed:
+        else:
             self.consumed += irq.ahead
             irq.drop(irq.ahead)
         self.monitor.ended(irq, cpu, self.now, value, self.seq)

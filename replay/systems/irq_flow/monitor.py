@@ -62,7 +62,6 @@ class Monitor:
     def settle(self, irq: IrqRecord, t: int, cpu: int) -> None:
         """Something ended: look for raises that nobody will consume."""
         if not irq.outstanding or not self.is_quiet(irq):
-            irq.quiet_since = INF
             return
         if self.closed:
             self.report_lost(irq, t, cpu)
@@ -207,11 +206,17 @@ class Monitor:
             if irq.eoi_gen == generation and irq.eoi_owed == 1:
                 self.report_eoi(irq, t)
         elif action == STUCK_MOVE and irq.want_gen == generation and irq.want != NONE and irq.begins_after >= 2:
-            self.sink.report(
-                codes.AFFINITY_IGNORED, t, cpu=irq.want, obj=irq.irq, tgt=cpu, t_first=t - self.stuck_ns,
-                expected=f"handled on cpu{irq.want}", observed=f"handled {irq.begins_after} times elsewhere",
-            )  # fmt: skip
-            irq.want = NONE
+            self.move_due(irq, cpu, t)
+
+    def move_due(self, irq: IrqRecord, cpu: int, t: int) -> None:
+        """Handled elsewhere for stuck_ns. Only closed runs know where it is bound; there a rerun may be elsewhere."""
+        if self.closed and irq.bound == irq.want:
+            return
+        self.sink.report(
+            codes.AFFINITY_IGNORED, t, cpu=irq.want, obj=irq.irq, tgt=cpu, t_first=t - self.stuck_ns,
+            expected=f"handled on cpu{irq.want}", observed=f"handled {irq.begins_after} times elsewhere",
+        )  # fmt: skip
+        irq.want = NONE
 
     def masked_due(self, irq: IrqRecord, t: int) -> None:
         """Masked and pending for stuck_ns; a late EOI or a back-off that is still in time is an excuse."""

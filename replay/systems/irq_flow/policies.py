@@ -238,9 +238,9 @@ class LateEoi(Edge):
             self.run(machine, irq, cpu)
 
     def flow_end(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:
-        """As edge; then the driver owes the late EOI."""
+        """As edge; then the driver owes the late EOI, unless it came while the handler ran."""
         self.leave(machine, irq, cpu)
-        if irq.inprogress == NOWHERE:
+        if irq.inprogress == NOWHERE and irq.eoi_owed == 1:
             machine.expect_lateeoi(irq, cpu)
 
     def on_set_affinity(self, machine: IrqFlowMachine, irq: IrqRecord, cpu: int) -> None:

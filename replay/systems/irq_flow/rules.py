@@ -159,15 +159,14 @@ class IrqFlowRules(Machine):
         self.upcalls += 1
         if not irq.is_ready() or irq.bound != cpu:
             self.spurious_upcalls += 1
-            self.no_work(cpu, irq.irq)
         elif self.policy.gate(self, irq, cpu):
             self.policy.flow_enter(self, irq, cpu)
         self.monitor.settle(irq, self.now, cpu)
 
-    def no_work(self, cpu: int, obj: int = NONE) -> None:
-        """flow-upcall-no-work."""
+    def no_work(self, cpu: int) -> None:
+        """flow-upcall-no-work, which only recordings raise."""
         self.sink.report(
-            codes.UPCALL_NO_WORK, self.now, cpu=cpu, obj=obj, seq=self.seq,
+            codes.UPCALL_NO_WORK, self.now, cpu=cpu, seq=self.seq,
             expected="a pending event for this CPU", observed="none was ready",
         )  # fmt: skip
 
@@ -375,7 +374,6 @@ class IrqFlowRules(Machine):
         """is_active := 0, EOI_PENDING dropped, unmask (Linux xen_irq_lateeoi_locked)."""
         irq.is_active = 0
         self.unmask(irq, EOI_PENDING, cpu)
-        self.monitor.settle(irq, self.now, cpu)
 
     # -- end --------------------------------------------------------------------------------------------------
 

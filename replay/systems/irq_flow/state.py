@@ -31,7 +31,7 @@ class IrqRecord(PortBits):
 
     __slots__ = (
         "acks", "ahead", "backoff_until", "begin_cpu", "begin_t", "begins_after", "bound", "consume_seen",
-        "consumed", "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_after",
+        "disabled", "dropped_cpu", "dropped_t", "end_t", "entering", "eoi_after",
         "eoi_due", "eoi_gen", "eoi_owed", "eoi_spurious", "first_run", "inprogress", "irq", "irqs_pending",
         "is_active", "lateeoi_t", "mask_since", "mask_t", "masked_gen", "masked_ns", "masked_reported",
         "move_to", "none_count", "none_start", "outstanding", "per_cpu", "posted", "quiet_gen",
@@ -71,7 +71,6 @@ class IrqRecord(PortBits):
         self.posted: int = 0  # upcalls under way (closed runs)
         self.acks: bool = False
         self.consume_seen: bool = False
-        self.consumed: bool = False  # in the present run
         self.first_run: bool = True
         self.begin_t: int = NIL
         self.begin_cpu: int = NONE
@@ -114,7 +113,7 @@ class IrqRecord(PortBits):
         self.ahead = max(0, self.ahead - count)
 
     def forget(self) -> None:
-        """Records were lost (U2)."""
+        """Records were lost (U2). A back-off that was seen to begin still excuses; runs without work still count."""
         self.pending = self.masked = UNKNOWN
         self.bound = NONE
         self.inprogress = SOMEWHERE
@@ -125,10 +124,5 @@ class IrqRecord(PortBits):
         self.want = NONE
         self.outstanding.clear()
         self.raise_seqs.clear()
-        self.ahead = 0
-        self.raises_known = False
         self.mask_since = INF
-        self.quiet_since = INF
         self.eoi_gen += 1
-        self.backoff_until = NIL
-        self.none_start = NIL
