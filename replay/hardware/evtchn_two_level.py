@@ -110,7 +110,6 @@ class Channel(PortBits):
         "since",
         "strand_reported",
         "trouble",
-        "type",
         "unmask_seq",
         "unmask_t",
         "unmask_vcpu",
@@ -126,7 +125,6 @@ class Channel(PortBits):
         self.selector_bit: int = 1 << self.word
         self.notify_vcpu: int = vcpu
         self.guest_cpu: int = vcpu
-        self.type: int = NONE
         self.clears: bool = False  # whether the handler's ack of this port is recorded
         self.pend_t: int = NIL  # when pending became (known to be) 1
         self.pend_seq: int = NONE
@@ -202,8 +200,6 @@ class VcpuInfo:
         self.in_upcall = UNKNOWN
         self.running = UNKNOWN
         self.latched = 0
-        self.taken = 0
-        self.sel_gen += 1
         self.block_gen += 1
 
 
@@ -215,7 +211,7 @@ class TwoLevelDomain:
 
     __slots__ = (
         "bits", "channels", "ends_seen", "handled_seen", "id", "known", "limit", "masked0", "pending0", "ports",
-        "range_reported", "ready", "sees_sends", "sees_upcalls", "slots", "vcpus",
+        "range_reported", "ready", "sees_sends", "sees_upcalls", "slots", "unnamed", "vcpus",
     )  # fmt: skip
 
     def __init__(self, number: int, bits: int, known: bool) -> None:
@@ -227,6 +223,7 @@ class TwoLevelDomain:
         self.channels: list[Channel] = []
         self.vcpus: list[VcpuInfo] = []  # in order of appearance
         self.slots: list[VcpuInfo | None] = []  # by number
+        self.unnamed: set[int] = set()  # words whose selector bit may be set on vCPUs that no event has named yet
         self.ready: list[int] = [0] * bits
         self.pending0: list[Bits] = [Bits(bits, known=known) for _ in range(bits)]
         self.masked0: list[Bits] = [Bits(bits, known=known) for _ in range(bits)]
@@ -246,7 +243,6 @@ class TwoLevelDomain:
             found = Channel(port, self.bits, pending, masked, 0 if self.known else NONE)
             self.ports[port] = found
             self.channels.append(found)
-            self.settle(found)
         return found
 
     def vcpu(self, number: int) -> VcpuInfo:
@@ -257,6 +253,8 @@ class TwoLevelDomain:
         found = slots[number]
         if found is None:
             found = VcpuInfo(number, self.bits, self.known)
+            for word in self.unnamed:
+                found.sel_forget_zero(word)
             slots[number] = found
             self.vcpus.append(found)
         return found
@@ -284,7 +282,6 @@ class TwoLevelDomain:
             channel.hypercall_t = NIL
             channel.since = INF
             channel.seen_t = NIL
-            channel.generation += 1
             channel.mismatch_gen += 1
             channel.strand_reported = False
         for vcpu in self.vcpus:

@@ -45,6 +45,7 @@ def replay(
     known: bool = True,
     closed: bool = False,
     init: Mapping[str, Any] | None = None,
+    observed: frozenset[str] | None = None,
     **config: Any,
 ) -> Run:
     in_order = sorted(events, key=lambda event: event[0])
@@ -53,7 +54,7 @@ def replay(
     def run(system: System) -> Run:
         return run_machine(
             system, policy, [table], config=Config(SYSTEM.parameters, config), closed=closed, sub=sub, init=init,
-            t_end=end, from_boot=known,
+            t_end=end, from_boot=known, observed=observed,
         )  # fmt: skip
 
     done = run(SYSTEM)

@@ -27,14 +27,12 @@ class MixedMachine(Machine):
         self.two_level = TwoLevelMachine(policy, config, sink)
         self.fifo = FifoMachine(policy, config, sink)
         self.on_fifo: set[int] = set()
-        self.started = False
 
     def load(self, init: Mapping[str, Any]) -> None:
         """Scenarios have one ABI."""
         for machine in (self.two_level, self.fifo):
             machine.from_boot = self.from_boot
             machine.observed = self.observed
-            machine.load({})
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
         """The event glue: by domain; what names none concerns both."""

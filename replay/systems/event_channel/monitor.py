@@ -105,7 +105,6 @@ class Monitor:
     def report_stranded(self, dom: TwoLevelDomain, channel: Channel, t: int, since: int, seq: int) -> None:
         """Raise the code once in a pending life, with the story and the root cause that came before it."""
         channel.strand_reported = True
-        channel.trouble = True
         self.stranded_total += 1
         guest = channel.guest_cpu
         cause = ""
@@ -269,7 +268,6 @@ class Monitor:
 
     def blocked(self, dom: TwoLevelDomain, vcpu: VcpuInfo, t: int) -> None:
         """The vCPU blocks (SCHEDOP_block, HLT)."""
-        vcpu.block_gen += 1
         seen = dom.sees_upcalls or vcpu.upcall_t == t  # a snapshot of this moment shows the byte itself
         if vcpu.upcall_pending == 1 and vcpu.upcall_mask == 0 and seen:
             self.agenda.at(t + self.strand_ns, SOFTWARE, BLOCK, dom.id, vcpu.number, vcpu.block_gen)

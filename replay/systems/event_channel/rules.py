@@ -155,14 +155,12 @@ class TwoLevelRules(Machine):
 
     def perhaps_select(self, dom: TwoLevelDomain, vcpu: int, channel: Channel) -> None:
         """E1's tail where it is not known whether it ran, or for which vCPU: clear selector bits become unknown."""
-        if self.closed and vcpu >= 0:
-            self.select(dom, dom.vcpu(vcpu), channel)
-            return
-        for other in dom.vcpus:
-            if vcpu in (NONE, other.number):
-                other.sel_forget_zero(channel.word)
-                if other.in_upcall:
-                    other.latched |= 1 << channel.word
+        if vcpu == NONE:
+            dom.unnamed.add(channel.word)
+        for other in dom.vcpus if vcpu == NONE else (dom.vcpu(vcpu),):
+            other.sel_forget_zero(channel.word)
+            if other.in_upcall:
+                other.latched |= 1 << channel.word
 
     def compare(self, word: str, agrees: bool) -> None:
         """Metric: a sampled word whose state the model knew, before the model learns from it."""
@@ -194,7 +192,6 @@ class TwoLevelRules(Machine):
             words = vcpu.sel
             vcpu.sel = 0
             vcpu.taken = words
-            vcpu.latched = 0
             while words:
                 low = words & -words
                 words ^= low
@@ -219,8 +216,6 @@ class TwoLevelRules(Machine):
                 self.monitor.dispatched(dom, vcpu, channel, self.now, NONE)
                 channel.pending = 0
                 dom.settle(channel)
-            elif channel is not None:
-                self.monitor.check(dom, channel, self.now)
 
     def count_delivery(self, channel: Channel) -> None:
         """Metric: pending to handled."""
@@ -298,11 +293,10 @@ class TwoLevelRules(Machine):
 
     # -- bindings and flags -----------------------------------------------------------------------------------
 
-    def bind(self, dom: TwoLevelDomain, channel: Channel, vcpu: int, kind: int, flags: int) -> None:
+    def bind(self, dom: TwoLevelDomain, channel: Channel, vcpu: int, _kind: int, flags: int) -> None:
         """A port comes into being, bound to `vcpu` (0 by default) on both sides; interdomain binding conservatively
         sets it pending (Xen evtchn_bind_interdomain)."""
-        target = vcpu if 0 <= vcpu <= MAX_VCPU else 0
-        channel.type = kind if kind != NIL else NONE
+        target = vcpu if 0 < vcpu <= MAX_VCPU else 0
         channel.notify_vcpu = target
         channel.guest_cpu = target
         channel.bound_t = NIL  # nothing was bound before: no selector bit of an earlier vCPU can be meant
