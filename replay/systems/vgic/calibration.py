@@ -67,7 +67,7 @@ def measure(read: Read, config: Config, observed: frozenset[str]) -> Measured:
     chain = _next(chain, "taken_seq", of_kinds(events, "vgic.lr_write"), "loaded")
     chain = _next(chain, "loaded_seq", of_kinds(events, "vgic.ack"), "acked")
     chain = _next(chain, "acked_seq", of_kinds(events, "vgic.eoi"), "ended")
-    chain = chain.sort("seq").unique("taken", keep="first", maintain_order=True)  # edges that coalesced share one
+    chain = chain.sort("seq").unique(["obj", "taken"], keep="first", maintain_order=True)  # what coalesced shares one
     _arrivals(result, chain.drop_nulls("taken"))
     result.bodies = Bodies(2)
     whole = chain.drop_nulls(["taken", "loaded", "acked", "ended"]).with_columns(

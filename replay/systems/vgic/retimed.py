@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from replay.agenda import SOFTWARE
+from replay.agenda import HARDWARE
 from replay.bodies import Bodies
 from replay.declare import Config
 from replay.events import NIL, NONE
@@ -31,7 +31,7 @@ class RetimedVgic(VgicMachine):
     def __init__(self, policy: Policy, config: Config, sink: Sink) -> None:
         super().__init__(policy, config, sink)
         self.bodies: Bodies = Bodies(2)
-        self.pending: dict[int, int] = {}  # edges on their way to a core, by interrupt: their seq
+        self.pending: set[int] = set()  # interrupts of which an edge is on its way to a core
         self.latched: dict[int, int] = {}  # edges latched behind an active one
         self.cause: dict[int, int] = {}  # the edge that is being handled
         self.eoi_after: dict[int, int] = {}
@@ -48,7 +48,8 @@ class RetimedVgic(VgicMachine):
     # -- G6: from the device to a core -------------------------------------------------------------------
 
     def phys_irq(self, q: Irq) -> None:
-        """An edge is pending in the distributor until a core takes it; another one meanwhile coalesces."""
+        """An edge is pending in the distributor until a core takes it; another one meanwhile has no lag: it coalesces.
+        A core takes before anything else of the same moment happens, so only one is ever on its way."""
         due = self.measured.lags.of(self.seq) if self.measured is not None and self.measured.lags is not None else NIL
         if due == NIL and self.measured is not None and self.measured.aids:
             # No core took it: it coalesced with one that was taken, or was pending to the end.
@@ -65,11 +66,8 @@ class RetimedVgic(VgicMachine):
             return
         self.emit(PHYS_IRQ, NONE, NONE, q.obj)
         self.monitor.edges += 1
-        if q.id in self.pending:
-            self.monitor.coalesced += 1
-            return
-        self.pending[q.id] = self.seq
-        self.agenda.at(due, SOFTWARE, TAKE, q.id, self.seq)
+        self.pending.add(q.id)
+        self.agenda.at(due, HARDWARE, TAKE, q.id, self.seq)
 
     def fire(self, action: int, a: int, b: int, c: int) -> None:
         if action != TAKE:
@@ -77,15 +75,9 @@ class RetimedVgic(VgicMachine):
             return
         self.seq = NONE
         q = self.irqs[a]
-        self.pending.pop(q.id, None)
-        if q.p_active:
-            if q.p_latch:
-                self.monitor.coalesced += 1
-            q.p_latch = 1
-            self.latched[q.id] = b
-        else:
-            self.cause[q.id] = b
-            self.arrive(q)
+        self.pending.discard(q.id)
+        self.cause[q.id] = b
+        self.arrive(q)
 
     def deactivate(self, q: Irq) -> None:
         """The latched edge, if any, is the next one that is handled."""
