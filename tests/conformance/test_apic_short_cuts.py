@@ -156,7 +156,9 @@ def test_the_short_cuts_leave_every_register_as_the_rules_do(seed: int, monkeypa
     draw = random.Random(seed)
     for _ in range(4):
         shown = draw.choice((None, APICS, APICS, APICS - {"lapic.accept"}, APICS | {"lapic.exit", "lapic.reset"}))
-        vectors = draw.choice(((0x31,), (0x31, 0x41), (0x31, 0x32, 0x41, 0x51), (0x31, 0x41, 0xF1)))
+        vectors = draw.choice(
+            ((0x31,), (0x31, 0x41), (0x31, 0x32, 0x41, 0x51), (0x31, 0x41, 0xF1), (0x31, 0xFF), (0x11, 0x21))
+        )
         guesses = Guesses(draw, vectors, draw.choice((0.0, 0.05, 0.3)), shown)
         limits = {"nesting_limit": draw.choice((0, 1, 2, 2, 2, 3)), "irr_stuck_ns": draw.choice((0, 400, 2_000, MS))}
         pair = Pair(known=draw.random() < 0.5, observed=shown, **limits)
@@ -171,6 +173,60 @@ def test_the_short_cuts_leave_every_register_as_the_rules_do(seed: int, monkeypa
                 rows.append((t, step))
             pair.feed(rows)
         pair.end(t + draw.choice((0, 3 * MS)))
+
+
+Rows = list[tuple[int, Step]]
+
+
+def rows_of(*parts: tuple[int, Sequence[Step]], gap: int = 10) -> Rows:
+    """Steps that follow each other, each part from its time on."""
+    return [(t + gap * n, step) for t, steps in parts for n, step in enumerate(steps)]
+
+
+def fed(*batches: Rows, end: int = 0, **how: Any) -> list[str]:
+    pair = Pair(**{"observed": APICS, **how})
+    for rows in batches:
+        pair.feed(rows)
+    return pair.end(max(end, batches[-1][-1][0]))
+
+
+@pytest.mark.parametrize("value", [0, 0x0F, 0x10, 0x1F, 0x20])
+def test_a_delivery_shows_that_tpr_was_lowered(value: int) -> None:
+    """Whoever takes a short cut under a TPR that holds the vector back leaves TPR as it was."""
+    low: Step = ("lapic.tpr", "cpu1", {"val": value})
+    assert fed(rows_of((0, service(0x15) * 4)), rows_of((1_000, [low, *service(0x15) * 3]))) == []
+
+
+def test_what_was_learnt_is_forgotten_in_a_gap() -> None:
+    gap: Step = ("trace.lost", "", {"cpu": 1, "val": 900})
+    after = rows_of((2_000, service(0x31) * 4))
+    assert fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, [gap])), after) == []
+    assert fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, [*service(0x31), gap, *service(0x31)])), after) == []
+
+
+@pytest.mark.parametrize("who", ["d0v0", "d1v0"])
+def test_a_request_that_is_not_served_is_told(who: str) -> None:
+    """Where it is the last of many that were, with its time-out in the same batch or after it."""
+    begun: list[Step] = [("sched.run", who, {"cpu": 3}), ("lapic.tpr", who, {"val": 0})]
+    whole = service(0x31, who=who)
+    noise: list[Step] = [("lapic.eoi", "cpu2", {})]
+    start = rows_of((0, [*begun, *whole * 3, *service(0x41, who=who)]))
+    for asked in (whole[:1], [*whole[:2], ("lapic.accept", who, {"obj": 0x41})]):
+        for t in (1_000, MS - 500, 5 * MS):
+            second = rows_of((t, [*whole * 5, *asked]))
+            told = [] if len(asked) > 1 else ["lapic-irr-stuck"]
+            assert fed(start, second, end=20 * MS, observed=APICS) == ["lapic-irr-stuck"]
+            assert told == [] or fed(start, second + rows_of((t + 9 * MS, noise)), observed=APICS)[:1] == told
+
+
+def test_pins_hear_of_what_was_served_before_and_after_them() -> None:
+    entry: Step = ("ioapic.rte", "", {"obj": 20, "val": 0x31, "val2": 1 << 15 | 0x31 | 1 << 56})
+    rise: Step = ("ioapic.line", "", {"obj": 20, "val": 1})
+    pins = {"ioapic.rte", "ioapic.line", *APICS}
+    mixed = [*service(0x31) * 5, entry, rise, *service(0x31) * 5]
+    for known in (True, False):
+        fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, mixed)), rows_of((2_000, service(0x31) * 4)),
+            observed=pins, known=known)  # fmt: skip
 
 
 def test_more_processors_than_a_byte_can_name() -> None:
@@ -236,6 +292,7 @@ def ways(
         rows = [(t + gap * n, step) for n, step in enumerate(s for s in part if s[0] not in hidden)]
         pair.feed(rows)
         t = rows[-1][0] + gap
+    pair.end(t)
     monkeypatch.undo()
     return found
 
@@ -297,6 +354,21 @@ def test_what_is_not_whole_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> N
     assert ways(known + A[:2], A[2:] + A * 20, monkeypatch) == Ways(0, 1)
 
 
+@pytest.mark.parametrize("hidden", [(), ("lapic.accept",)], ids=["", "no-accepts"])
+def test_the_deepest_nesting_is_that_of_the_short_ways_too(hidden: tuple[str, ...]) -> None:
+    flat = A * 2 + service(0x41) * 2
+    late = [*A[:2], ("lapic.accept", "cpu1", {"obj": 0x41}), ("lapic.idle", "cpu1", {}), *service(0x41)[1:], A[2]]
+    inside = [*A[:2], *service(0x41) * 3]
+    for steps in (NEST * 3, late, [*late, service(0x41)[0], *A * 3], inside, [*inside, A[2]]):
+        batches = [[row for row in rows_of((t, some)) if row[1][0] not in hidden] for t, some in
+                   ((0, [*flat, ("lapic.idle", "cpu1", {})]), (1_000, steps))]  # fmt: skip
+        pair = Pair(observed=APICS - set(hidden))
+        pair.feed(batches[0])
+        pair.feed(batches[1])
+        pair.end(2_000)
+        assert pair.plain.metrics()["max_nesting"] == 2
+
+
 def test_what_the_rules_must_see_goes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     reset: Step = ("lapic.reset", "cpu1", {})
     tpr: Step = ("lapic.tpr", "cpu1", {"val": 0x40})
@@ -304,6 +376,8 @@ def test_what_the_rules_must_see_goes_to_them(monkeypatch: pytest.MonkeyPatch) -
     level: Step = ("lapic.accept", "cpu1", {"obj": 0x31, "flags": 1})
     assert ways(A * 4, [reset, *A * 50], monkeypatch) == Ways(1, 1)
     assert ways([*A * 4, reset], A * 50, monkeypatch) == Ways(3, 1)  # what was learnt is forgotten
+    gap: Step = ("trace.lost", "", {"cpu": 2, "val": 0})
+    assert ways([*A * 4, gap], A * 50, monkeypatch) == Ways(0, 1)  # of another CPU; the next batch is plain again
     assert ways([*A * 4, tpr], A * 5, monkeypatch).long == 2  # a delivery shows that TPR was lowered
     assert ways([*A * 4, low], A * 5, monkeypatch) == Ways(0, 1)
     assert ways(A * 4, [*A * 20, ("lapic.eoi", "cpu1", {}), *A * 20], monkeypatch) == Ways(1, 2)
