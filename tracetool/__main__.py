@@ -10,7 +10,7 @@ from typing import NoReturn
 __all__ = ["main", "prepare"]
 
 
-def prepare() -> None:
+def prepare(command: str = "") -> None:
     """Settings of libraries for a process that is tracetool's own; they are read when a library is first imported.
 
     What the user has set stays.
@@ -21,13 +21,15 @@ def prepare() -> None:
     os.environ.setdefault("_RJEM_MALLOC_CONF", "narenas:2,muzzy_decay_ms:0")
     # nothing here multiplies matrices: NumPy's threads for that would only wait, and use 0.04 s of CPU doing so
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if command != "query":  # all else looks at some rows at a time, where threads mostly wait for each other
+        os.environ.setdefault("POLARS_MAX_THREADS", "1")
     # Imports and findings are many objects without a cycle: looking for cycles as often as usual takes a tenth of them.
     gc.set_threshold(100_000, 20, 20)
 
 
 def main() -> NoReturn:
     """Run the command line (`tracetool …`)."""
-    prepare()
+    prepare(sys.argv[1] if len(sys.argv) > 1 else "")
     try:
         from tracetool.cli import run
 

@@ -484,7 +484,9 @@ class Dataset:
             for group in groups:
                 frame = pl.from_arrow(file.read_row_group(group, columns=wanted, use_threads=False))
                 assert isinstance(frame, pl.DataFrame)
-                yield frame.with_columns(pl.col("seq").set_sorted()) if "seq" in frame.columns else frame
+                if "seq" in frame.columns:
+                    frame.replace_column(frame.get_column_index("seq"), frame["seq"].set_sorted())
+                yield frame
             if not groups:
                 frame = pl.from_arrow(file.schema_arrow.empty_table().select(wanted or file.schema_arrow.names))
                 assert isinstance(frame, pl.DataFrame)

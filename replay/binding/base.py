@@ -15,6 +15,8 @@ from replay.events import KINDS, ROLES, SCHEMA
 
 __all__ = ["COLUMNS", "KIND", "Assembler", "Bound", "Context", "Forward", "Records", "event", "lost_events", "slices"]
 
+#: Constants that are kept as columns.
+MOST_CONSTANTS: Final = 1024
 #: The vocabulary as a polars type: cheap to carry, exact to spell.
 KIND: Final = pl.Enum([kind.name for kind in KINDS])
 
@@ -53,11 +55,27 @@ def _column(name: str, value: Any) -> pl.Expr:
     return (expr.fill_null(_DEFAULTS[name]) if name in _DEFAULTS else expr).alias(name)
 
 
-#: What a column is unless a binding says otherwise; making expressions costs more than evaluating them.
-_USUAL: Final = {
-    name: _column(name, pl.col(_TAKEN[name]) if name in _TAKEN else _DEFAULTS.get(name)) for name in COLUMNS
-}
 _NONE: Final = pl.DataFrame(schema=dict(COLUMNS))
+#: One row of a constant, by column and value: making expressions costs more than evaluating them.
+_CONSTANT: Final[dict[tuple[str, Any], pl.Series]] = {}
+
+
+def _repeated(name: str, value: Any, rows: int) -> pl.Series:
+    """A constant as a canonical column."""
+    key = (name, value)
+    if key not in _CONSTANT:
+        if len(_CONSTANT) >= MOST_CONSTANTS:
+            _CONSTANT.clear()
+        _CONSTANT[key] = pl.select(_column(name, value)).to_series()
+    return _CONSTANT[key].new_from_index(0, rows)
+
+
+def _taken(name: str, values: pl.Series) -> pl.Series:
+    """A column of a frame as a canonical column."""
+    values = values if values.dtype == COLUMNS[name] else values.cast(COLUMNS[name], strict=False)
+    if name in _DEFAULTS and values.null_count():
+        values = values.fill_null(_DEFAULTS[name])
+    return values.alias(name)
 
 
 class Records(Protocol):
@@ -161,14 +179,28 @@ class Forward:
 
 
 def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.DataFrame:
-    """Canonical columns from a frame of records; `columns` are expressions or constants.
+    """Canonical columns from a frame of records; `columns` are expressions, names of the frame's columns, or numbers.
 
     `t_ns`, `t_err_ns`, `cpu`, `offset` and `seq` (as `src_seq`) are taken over unless given.
     """
     if not frame.height:
         return _NONE
-    given = {"kind": kind, "raw_kind": raw_kind, **columns}
-    return frame.select([_column(n, given[n]) if n in given else usual for n, usual in _USUAL.items()])
+    made = [_column(name, value) for name, value in columns.items() if isinstance(value, pl.Expr)]
+    ready = {series.name: series for series in frame.select(made).get_columns()} if made else {}
+    rows = frame.height
+    found: list[pl.Series] = []
+    for name in COLUMNS:
+        value = columns.get(name) if name in columns else _TAKEN.get(name, _DEFAULTS.get(name))
+        if name in ready:
+            series = ready[name]
+            found.append(series if len(series) == rows else series.new_from_index(0, rows))
+        elif name in ("kind", "raw_kind"):
+            found.append(_repeated(name, kind if name == "kind" else raw_kind, rows))
+        elif isinstance(value, str):
+            found.append(_taken(name, frame[value]))
+        else:
+            found.append(_repeated(name, value, rows))
+    return pl.DataFrame(found)
 
 
 def lost_events(context: Context) -> pl.DataFrame:

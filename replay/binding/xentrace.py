@@ -19,7 +19,7 @@ FORMATS: Final = ("xentrace", "xenalyze", "xentrace_format")
 
 IDLE_DOMAIN: Final = 0x7FFF
 #: Records whose events are made together: with fewer it takes longer, with more it takes more memory.
-SLICE: Final = 512 << 10
+SLICE: Final = 1 << 20
 #: Facts by the first word of the kinds that make them void.
 _SYSTEM_OF: Final = {"hpet": "hpet", "via": "callback", "lapic": "apic"}
 
@@ -105,6 +105,6 @@ def _runstates(records: Forward, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         return
     frame = records.read(name, lo, hi, (*xentrace_hvm.KEEP, *xentrace_hvm.RUNSTATE))
     frame = frame.filter(pl.col("dom") != IDLE_DOMAIN)
-    who = {"dom": pl.col("dom"), "vcpu": pl.col("vcpu")}
+    who = {"dom": "dom", "vcpu": "vcpu"}
     yield event(frame.filter(pl.col("new_state") == 0), "sched.run", name, **who)
-    yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val=pl.col("new_state"))
+    yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val="new_state")

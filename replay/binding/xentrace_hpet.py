@@ -211,7 +211,7 @@ class Binder:
     def _enter(self, entries: pl.DataFrame) -> pl.DataFrame:
         """Deadline = entry + expected sleep; 0 means that the governor gave none."""
         deadline = self._deadline("t_ns", "expected_us")
-        return event(entries, "idle.enter", _ENTRY, val=deadline, val2=pl.col("cx"), conf=80)
+        return event(entries, "idle.enter", _ENTRY, val=deadline, val2="cx", conf=80)
 
     def _handlers(self, lo: int, hi: int, source: Forward) -> pl.DataFrame | None:
         """Interrupt handlers with begin and end in ns: the record comes after the end, its words are low TSC bits."""
@@ -239,11 +239,11 @@ class Binder:
         hpet = handlers.filter(pl.col("channel").is_not_null())
         yield event(
             hpet, "hpet.handler.begin", _HANDLED,
-            t_ns=pl.col("begin"), obj=pl.col("channel"), val=pl.col("irq"), conf=conf, rank=-1,
+            t_ns="begin", obj="channel", val="irq", conf=conf, rank=-1,
         )  # fmt: skip
         yield event(
             hpet, "hpet.handler.end", _HANDLED,
-            t_ns=pl.col("end"), obj=pl.col("channel"), val=pl.col("irq"), conf=conf,
+            t_ns="end", obj="channel", val="irq", conf=conf,
         )  # fmt: skip
 
     def _exits(
@@ -272,10 +272,10 @@ class Binder:
         packed = pl.sum_horizontal(*(pl.col(f"irr{i}").cast(pl.Int64) * (1 << 8 * i) for i in range(4)))
         yield event(
             frame, "idle.exit", _EXIT,
-            val=packed, tgt=pl.col("reason"), obj=pl.coalesce("own_channel", "own_irq", "remote_channel"), conf=50,
+            val=packed, tgt="reason", obj=pl.coalesce("own_channel", "own_irq", "remote_channel"), conf=50,
         )  # fmt: skip
         broken = frame.filter(pl.col("slept") & ~pl.col("reason").is_in([REASONS["hpet"], REASONS["broadcast"]]))
-        yield event(broken, "idle.break", _EXIT, obj=pl.col("own_irq"), tgt=pl.col("reason"), conf=50, rank=-1)
+        yield event(broken, "idle.break", _EXIT, obj="own_irq", tgt="reason", conf=50, rank=-1)
 
     def _carry(self, kept: pl.DataFrame | None, fresh: pl.DataFrame) -> pl.DataFrame:
         return fresh if kept is None else pl.concat([kept, fresh]).sort("seq")
@@ -363,5 +363,5 @@ class Binder:
         frame = frame.join(pool.select("seq", "channel", "old"), on=["seq", "channel"], how="left")
         yield event(
             frame, "hpet.retarget", _ASSIGN,
-            obj=pl.col("channel"), tgt=pl.col("target"), val=pl.col("old"), val2=pl.col("vector"), conf=80,
+            obj="channel", tgt="target", val="old", val2="vector", conf=80,
         )  # fmt: skip

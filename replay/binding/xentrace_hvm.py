@@ -97,18 +97,18 @@ class Binder:
         yield from self._created(lo, hi)
         yield from self._injections(lo, hi, switches)
         for frame in self._eois(lo, hi):
-            yield event(self._who(frame, switches), "lapic.eoi", "EOI", dom=pl.col("dom"), vcpu=pl.col("vcpu"))
+            yield event(self._who(frame, switches), "lapic.eoi", "EOI", dom="dom", vcpu="vcpu")
         for frame in self._tpr(lo, hi):
             yield event(
                 self._who(frame, switches), "lapic.tpr", "TPR write",
-                dom=pl.col("dom"), vcpu=pl.col("vcpu"), val=pl.col("tpr"), conf=CONF_TPR,
+                dom="dom", vcpu="vcpu", val="tpr", conf=CONF_TPR,
             )  # fmt: skip
         halts = self._read("TRC_HVM_HLT", lo, hi, "runnable")
         if halts is not None:
             asleep = halts.filter(pl.col("runnable").cast(pl.Int8) == 0)
             yield event(
                 self._who(asleep, switches), "lapic.idle", "TRC_HVM_HLT",
-                dom=pl.col("dom"), vcpu=pl.col("vcpu"), conf=80,
+                dom="dom", vcpu="vcpu", conf=80,
             )  # fmt: skip
 
     def entries(self, lo: int, hi: int) -> pl.DataFrame | None:
@@ -137,15 +137,17 @@ class Binder:
     def _who(self, frame: pl.DataFrame, switches: pl.DataFrame) -> pl.DataFrame:
         """Add dom and vcpu; records of which nobody is known are dropped, they belong to no LAPIC."""
         if not frame.height:
-            return frame.with_columns(dom=pl.lit(None, pl.UInt16), vcpu=pl.lit(None, pl.UInt16))
-        joined = frame.sort("seq").join_asof(switches, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+            return frame  # without the two columns: no event comes of it
+        if not frame["seq"].is_sorted():
+            frame = frame.sort("seq")
+        joined = frame.join_asof(switches, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         return joined.filter(pl.col("dom").is_not_null() & (pl.col("dom") < 0x7FF0))
 
     def _created(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """A domain that is created in the recording starts with empty LAPICs."""
         frame = self._read("TRC_DOM0_DOM_ADD", lo, hi, "dom")
         if frame is not None:
-            yield event(frame, "lapic.reset", "TRC_DOM0_DOM_ADD", cpu=None, dom=pl.col("dom"))
+            yield event(frame, "lapic.reset", "TRC_DOM0_DOM_ADD", cpu=None, dom="dom")
 
     def _injections(self, lo: int, hi: int, switches: pl.DataFrame) -> Iterator[pl.DataFrame]:
         frame = self._read(_INJ, lo, hi, "vector")
@@ -155,7 +157,7 @@ class Binder:
         frame = self._without_pic(frame, lo, hi)
         yield event(
             self._who(frame, switches), "lapic.deliver", _INJ,
-            dom=pl.col("dom"), vcpu=pl.col("vcpu"), obj=pl.col("vector"),
+            dom="dom", vcpu="vcpu", obj="vector",
         )  # fmt: skip
 
     def _without_pic(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:

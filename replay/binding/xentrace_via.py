@@ -125,15 +125,20 @@ def of_machine(found: Survey, lapics: Iterable[pl.DataFrame], entries: pl.DataFr
 
     `lapics` are the canonical events of `xentrace_hvm`, from which the 8259's injections are missing already.
     """
-    mine = pl.lit(True) if found.guest is None else pl.col("dom") == found.dom
+    def mine(frame: pl.DataFrame) -> pl.DataFrame:
+        return frame if found.guest is None else frame.filter(pl.col("dom") == found.dom)
+
+    by_kind: dict[str, list[pl.DataFrame]] = {}
+    for frame in lapics:  # each of one kind
+        if frame.height:
+            by_kind.setdefault(frame.item(0, "kind"), []).append(frame)
     for kind, own in (("lapic.deliver", "via.inject"), ("lapic.eoi", "via.eoi")):
-        for frame in lapics:
-            same = frame.filter((pl.col("kind") == kind) & mine)
+        for frame in by_kind.get(kind, ()):
+            same = mine(frame)
             if same.height and own in found.observed:
                 yield same.with_columns(kind=pl.lit(own, KIND), rank=pl.col("rank") + pl.lit(1, pl.Int8))
-    if entries is not None and found.observed:
-        who = {"dom": pl.col("dom"), "vcpu": pl.col("vcpu")}
-        yield event(entries.filter(mine), "via.vmentry", _VMENTRY, **who, rank=2)
+    if entries is not None and entries.height and found.observed:
+        yield event(mine(entries), "via.vmentry", _VMENTRY, dom="dom", vcpu="vcpu", rank=2)
 
 
 def of_guest(found: Survey, injections: pl.DataFrame, label: str, rows: int) -> Iterator[pa.Table]:
