@@ -114,6 +114,8 @@ def test_the_clock_begins_anew_with_the_predicate() -> None:
 def test_time_stranded_counts_when_it_was_short_too() -> None:
     run = replay([*MOVED, *scan(5_000, 2, 65)])
     assert (codes(run), run.metrics["stranded"], run.metrics["stranded_ns"]) == ([], 0, 4_900)
+    selected = replay([*MOVED, rebind(300, 66, 2), send(5_000, 66), *scan(6_000, 2, 65, 66)])
+    assert selected.metrics["stranded_ns"] == 4_800
 
 
 def test_every_pending_life_is_told_of() -> None:

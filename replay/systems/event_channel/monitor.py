@@ -67,7 +67,9 @@ class Monitor:
     def check(self, dom: TwoLevelDomain, channel: Channel, t: int) -> None:
         """Something that the stranded predicate reads has changed: start or stop its clock (U5)."""
         if not self.is_stranded(dom, channel):
-            channel.since = INF
+            if channel.since != INF:
+                self.stranded_ns += t - channel.since
+                channel.since = INF
         elif channel.since == INF:
             channel.since = t
             channel.trouble = True
