@@ -96,6 +96,13 @@ def test_requests_that_merged_before_the_log_showed_them_are_requests() -> None:
     assert mismatches(*asked, *more, eoi(30), pin_line(40, 0), eoi(50), pin_line(60, 0)) == [(MISSING, 60)]
 
 
+@pytest.mark.parametrize("vector", [0, 0x51, 0xFF])
+def test_an_eoi_of_a_level_triggered_vector_is_broadcast(vector: int) -> None:
+    asked = [*BOOT, accept(10, vector, flags=LEVEL), eoi(20)]
+    assert mismatches(*asked, broadcast(21, vector), pin_line(30, 0)) == []
+    assert mismatches(*asked, pin_line(30, 0)) == [(MISSING, 30)]
+
+
 @pytest.mark.parametrize("vector", [0, 0x51])
 @pytest.mark.parametrize("before", [[RTE, reset(1)], BOOT], ids=["reset", "dismissed"])
 def test_a_lapic_that_is_empty_remembers_nothing(before: list[Event], vector: int) -> None:

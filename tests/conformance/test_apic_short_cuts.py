@@ -393,6 +393,11 @@ def test_a_watch_of_requests_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ways(vcpu * 4, vcpu * 50, monkeypatch, irr_stuck_ns=200) == Ways(0, 1)
     for gap in (30, 60):  # one request has to put the watch into the agenda again
         assert ways(vcpu * 4, vcpu * 50, monkeypatch, gap=gap, irr_stuck_ns=200) == Ways(1, 1)
+    # It is put off once without a request, then it ends, and the next request begins another.
+    idle: list[Step] = [("lapic.idle", "cpu2", {})]
+    for count, long in ((10, 0), (100, 1)):
+        steps = vcpu * 4 + idle * count + vcpu[:1]
+        assert ways(vcpu * 4 + idle, steps, monkeypatch, irr_stuck_ns=200) == Ways(long, 1)
 
 
 # -- find_runs, beside what it means -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Processor:
 
     `frames` are the handlers running, outermost first, as (vector, entry time in ns). `running` is 0, 1 or UNKNOWN.
     `conf` is the confidence of a statement about an empty ISR: lower once it was concluded from a halt.
-    `deliveries` and `eois` count by vector, the last entry those of which the vector is unknown.
+    `deliveries` and `eois` count by vector; the last of `eois` are those of which the vector is unknown.
     """
 
     __slots__ = (
@@ -47,7 +47,7 @@ class Processor:
         self.returned_at: dict[int, int] = {}  # when the handler of a vector last returned before its EOI
         self.watched: bool = False  # the agenda has an entry for the oldest request
         self.generation: int = 0
-        self.deliveries: list[int] = [0] * (VECTORS + 1)
+        self.deliveries: list[int] = [0] * VECTORS
         self.eois: list[int] = [0] * (VECTORS + 1)
         self.recent: deque[tuple[int, int, int]] = deque(maxlen=STORY)  # (t, seq, vector or -1 for EOI)
 
