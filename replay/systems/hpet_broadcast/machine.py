@@ -167,8 +167,13 @@ class HpetBroadcast(Machine):
     def fire(self, action: int, a: int, b: int, c: int) -> None:
         if action == MATCH:
             channel = self.channels[a]
+            if channel.timer != self.now:  # there is an entry that is earlier or later
+                return
+            channel.timer = INF
             if channel.gen == c:
                 self.match(channel)
+            elif channel.armed_for < INF:  # the comparator was written anew since
+                self.time(channel)
         elif action == HANDLER_END:
             self.handler_end(self.cpus[a], b)
         elif action == REENTER:
@@ -250,13 +255,22 @@ class HpetBroadcast(Machine):
     def arm(self, channel: Channel, at: int) -> None:
         """Write the comparator; an earlier match is no longer due."""
         channel.gen += 1
-        agenda = self.agenda
-        agenda.serial += 1
-        heapq.heappush(agenda.heap, (at, HARDWARE, agenda.serial, MATCH, channel.index, 0, channel.gen))
+        self.agenda.serial += 1
+        channel.armed_for = at
+        channel.serial = self.agenda.serial
+        if at < channel.timer:
+            self.time(channel)
+
+    def time(self, channel: Channel) -> None:
+        """An entry in the agenda for the next match. Most writes are undone before, and the entry of one does for the
+        next that may be later."""
+        at = channel.timer = channel.armed_for
+        heapq.heappush(self.agenda.heap, (at, HARDWARE, channel.serial, MATCH, channel.index, 0, channel.gen))
 
     def disarm(self, channel: Channel) -> None:
         """Push the comparator a full wrap away."""
         channel.gen += 1
+        channel.armed_for = INF
         channel.next_event = INF
 
     def retarget(self, channel: Channel, cpu: int) -> None:

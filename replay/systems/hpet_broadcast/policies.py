@@ -222,11 +222,12 @@ class Proposed(BroadcastPolicy):
 
     def on_owner_exit(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """B6: wake everybody on the list, disarm, give the channel up."""
-        sleepers = _members(channel.members)
+        sleepers = channel.members
         channel.members = 0
         self.release(m, channel)
-        for index in sleepers:
-            m.wake_by_ipi(m.cpus[index])
+        if sleepers:
+            for index in _members(sleepers):
+                m.wake_by_ipi(m.cpus[index])
 
     def release(self, m: HpetBroadcast, channel: Channel) -> None:
         """B6: disarmed and free."""

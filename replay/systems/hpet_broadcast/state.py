@@ -12,13 +12,14 @@ class Channel:
 
     `members` are the CPUs that rely on it as a bit mask; under the proposed policies without the owner, for there it
     is the wake list. `gen` invalidates older matches of the
-    comparator.
+    comparator, which is to match at `armed_for` (INF: not), in its `serial` turn among entries of that moment; `timer`
+    is the time of the agenda's entry that sees to it, then or before.
     `vector_cpu` is where the interrupt's vector is valid; it lags behind `dest` while a move is in progress.
     """
 
     __slots__ = (
-        "dest", "gen", "handler_cpu", "index", "members", "move_in_progress", "next_event", "owner",
-        "rerun", "used",
+        "armed_for", "dest", "gen", "handler_cpu", "index", "members", "move_in_progress", "next_event", "owner",
+        "rerun", "serial", "timer", "used",
     )  # fmt: skip
 
     def __init__(self, index: int) -> None:
@@ -28,6 +29,9 @@ class Channel:
         self.members = 0
         self.next_event = INF
         self.gen = 0
+        self.armed_for = INF
+        self.serial = 0
+        self.timer = INF
         self.dest = NONE
         self.move_in_progress = False
         self.handler_cpu = NONE
