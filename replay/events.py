@@ -226,7 +226,15 @@ SCHEMA: Final = pa.schema(
 _NULL: Final[Mapping[str, int]] = {"val": NIL, "val2": NIL}
 #: Rows that are turned into Python integers at a time.
 _STRIDE: Final = 4096
-_KIND: Final = pl.Enum([kind.name for kind in KINDS])
+
+
+def _kinds(column: pa.ChunkedArray) -> Any:
+    """KIND_ID of a dictionary column, as an array. KeyError for a name that is none."""
+    parts = [np.empty(0, np.uint8)]
+    for chunk in column.chunks:
+        ids = np.array([KIND_ID[name] for name in chunk.dictionary.to_pylist()], np.uint8)
+        parts.append(ids[chunk.indices.to_numpy()])
+    return np.concatenate(parts)
 
 
 class Batch:
@@ -242,20 +250,21 @@ class Batch:
     @classmethod
     def of(cls, table: pa.Table, columns: Sequence[str]) -> Batch:
         """Columns of a canonical event table."""
-        frame = pl.from_arrow(table.select(list(columns)))
+        frame = pl.from_arrow(table.select([name for name in columns if name != "kind"]))
         assert isinstance(frame, pl.DataFrame)
         feeds: dict[str, Any] = {}
         for name in columns:
-            series = frame[name]
             if name == "kind":
-                feeds[name] = series.cast(_KIND).to_physical().to_numpy()
-            elif series.null_count() == len(series):
+                feeds[name] = _kinds(table["kind"])
+                continue
+            series = frame[name]
+            if series.null_count() == len(series):
                 feeds[name] = _NULL.get(name, NONE)
             elif series.null_count():
                 feeds[name] = series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy()
             else:
                 feeds[name] = series.to_numpy()
-        return cls(feeds, len(frame))
+        return cls(feeds, table.num_rows)
 
     def __len__(self) -> int:
         return self._rows

@@ -18,8 +18,8 @@ OVERLOOKED: Final = 0xFF
 
 #: Rows of a run's end that a story can be about: each request among them is followed by its delivery and its EOI.
 LAST: Final = 9
-#: Slots that one byte can name.
-BYTE: Final = 1 << 8
+#: Slots that one byte can name, beside the one of overlooked rows.
+BYTE: Final = (1 << 8) - 1
 
 
 class Services:
@@ -117,13 +117,13 @@ def find_runs(
     A service is rows of one slot with the steps of `pattern` (the last is an EOI, that may name no vector: 0) and one
     vector, delivered within `patience` ns of the request. With `nesting` its handler may be interrupted by services of
     higher classes, one after the other. OVERLOOKED steps end no run. `slots`, `steps`, `vectors`: unsigned bytes, or
-    two for `slots`, by which NumPy sorts in linear time.
+    two for `slots`, by which NumPy sorts in linear time; no slot is the highest number of its type.
     """
-    order = np.flatnonzero(steps != OVERLOOKED)
-    lane = slots[order]
-    by_lane = np.argsort(lane, kind="stable")
-    order = order[by_lane]
-    lane = lane[by_lane]
+    last = np.iinfo(slots.dtype).max
+    lane = slots.copy()
+    lane[steps == OVERLOOKED] = last
+    order = np.argsort(lane, kind="stable")[: np.count_nonzero(steps != OVERLOOKED)]
+    lane = lane[order]
     step = steps[order]
     vector = vectors[order]
     at = _matches(lane, step, vector, pattern)

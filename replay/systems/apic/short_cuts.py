@@ -182,7 +182,9 @@ class QuickApicMachine(ApicMachine):
     def assign(self, batch: Batch) -> tuple[Any, list[Lane]]:
         """For each row the index of its lane in the list of lanes."""
         dom = batch.array("dom").astype(np.int64)
-        unit = np.where(dom >= 0, batch.array("vcpu"), batch.array("cpu")).astype(np.int64)
+        unit = batch.array("vcpu").astype(np.int64)
+        if dom.min() < 0:
+            unit = np.where(dom >= 0, unit, batch.array("cpu"))
         low = int(unit.min())
         width = int(unit.max()) - low + 1
         found, slots = dense(dom * width + unit - low)
