@@ -12,6 +12,7 @@ from replay.events import KINDS, NONE, Batch, events_from_json
 from replay.hardware import evtchn_two_level as abi
 from replay.hardware.evtchn_two_level import (
     SNAP_ABI,
+    SNAP_GUEST_CPU,
     SNAP_MASK,
     SNAP_PENDING,
     SNAP_SEL,
@@ -420,6 +421,138 @@ def test_a_port_that_nobody_named_is_not_ready() -> None:
     held: list[Event] = [(0, "evtchn.mask", {"vcpu": 0, "obj": 0}), bind(5), send(10, 0), send(20, 5)]
     assert served(replay(held, closed=True)) == [(120, 0, 5)]
     assert served(replay([bind(5), bind(0), send(20, 5)], closed=True)) == [(120, 0, 5)]
+
+
+# -- what recordings say, word by word ---------------------------------------------------------------------------------
+
+
+def test_events_in_one_batch_or_two() -> None:
+    events = [bind(65), send(100, 65), on(200, "evtchn.upcall", 0), blocks(1_000), on(2_000, "sched.run", 1, cpu=1)]
+    table = events_from_json([{"t": t, "kind": kind, **fields} for t, kind, fields in events])
+    init = {"S5": {"masked": [9]}}
+    for cut in range(len(events) + 1):
+        run = run_machine(
+            SYSTEM, "current", [table.slice(0, cut), table.slice(cut)], config=Config(SYSTEM.parameters, {}),
+            closed=False, init=init, t_end=20 * MS, from_boot=True,
+        )  # fmt: skip
+        assert (codes(run), run.metrics["upcalls"]) == ([], 1)
+
+
+def test_port_0_is_a_port() -> None:
+    assert served(replay([send(10, 0)], closed=True)) == [(110, 0, 0)]
+    assert when(replay([snap(0, SNAP_GUEST_CPU, 3, index=0)]), MISMATCH) == [10_000]
+
+
+def test_ports_out_of_range_are_remembered_up_to_a_limit() -> None:
+    made = machine(*(send(0, 5_000 + n) for n in range(10_003)))
+    assert len(made.list[0].range_reported) == 10_001
+
+
+def test_a_notification_shows_the_upcall_byte() -> None:
+    told = [snap(0, SNAP_UPCALL_MASK, 0), on(500, "evtchn.notify", 0, obj=9)]
+    assert when(replay([*told, blocks(1_000)], known=False), BLOCK) == [11_000]
+    masked = [snap(0, SNAP_UPCALL_MASK, 1), told[1]]
+    assert when(replay([*masked, blocks(1_000)], known=False), BLOCK) == []
+
+
+#: Port 65 is sent to during a scan: its last round may have taken the selector bit.
+DRAINED: list[Event] = [bind(65), on(50, "evtchn.upcall", 0), send(100, 65), on(200, "evtchn.upcall_end", 0)]
+
+
+def test_after_a_scan_that_may_have_drained_its_word() -> None:
+    assert when(replay([*DRAINED, blocks(1_000)]), BLOCK) == []
+    again = replay([*DRAINED, send(300, 66), snap(400, SNAP_SEL, 0)])  # certainly set now
+    assert again.metrics["samples_disagree.selector"] == 1
+    for sel in (1, 2):  # the end of an upcall that nobody saw begin changes nothing
+        events = [*DRAINED, snap(300, SNAP_SEL, 0), on(600, "evtchn.upcall_end", 0), snap(700, SNAP_SEL, sel)]
+        assert replay(events).metrics["samples_disagree.selector"] == 1
+
+
+def test_handled_without_an_ack_it_may_be_pending_or_not() -> None:
+    events = [*HIDDEN, *words(20 * US), on(30 * US, "evtchn.handled", 0, obj=70)]
+    handled = [(0, "guest.bind_cpu", {"obj": 70, "tgt": 0}), snap(20 * US, SNAP_PENDING, 1 << 6, index=1)]
+    selectors = [snap(t, SNAP_SEL, 0) for t in (40 * US, 60 * US)]
+    run = replay([*events, *handled, *selectors], known=False)
+    assert [f.obj for f in run.findings if f.code.name == STRANDED] == []
+
+
+def test_a_recorded_hypercall_may_strand_the_port() -> None:
+    events = [bind(65, 1), bind_cpu(0, 65, 0), mask(0, 0, 65), send(100, 65), hypercall(5_000, 65)]
+    assert when(replay(events), STRANDED) == [15_000]
+
+
+def test_a_domain_that_turns_to_fifo_is_not_understood() -> None:
+    assert when(replay([*MOVED, snap(3_000, SNAP_ABI, 1)]), STRANDED) == []
+    assert when(replay([*MOVED, snap(3_000, SNAP_ABI, 0)]), STRANDED) == [10_200]
+
+
+def test_a_domain_first_named_after_a_gap_is_unknown() -> None:
+    assert when(replay([gap(0), *of(4, *MOVED)]), STRANDED) == []
+    assert when(replay(of(4, *MOVED)), STRANDED) == [10_200]
+
+
+def test_words_are_as_wide_as_the_guests() -> None:
+    wide = 1 << 40 | 1
+    run = replay([snap(10, SNAP_PENDING, wide, index=31), snap(10, SNAP_MASK, wide, index=31)], bits_per_word=32)
+    assert run.metrics["pending"] == 1
+    selector = replay([snap(10, SNAP_SEL, 1 << 40), *scan(100, 0)], bits_per_word=32)
+    assert selector.metrics["upcalls"] == 1
+    full = replay([snap(10, SNAP_PENDING, -1, index=1), snap(10, SNAP_SEL, -1), *scan(100, 0)])
+    assert full.metrics["pending"] == 64
+
+
+def test_ports_named_later_are_as_the_word_said() -> None:
+    start = [snap(10, SNAP_PENDING, 0, index=1), snap(10, SNAP_MASK, 1 << 6, index=1), blocks(20)]
+    events = [*start, rebind(30, 70, 0), snap(40, SNAP_SEL, 0), send(50, 70)]
+    run = replay([*events, snap(5_000, SNAP_MASK, 0, index=1)], known=False)
+    assert when(run, STRANDED) == [15_000]  # it was masked, so no selector bit was set
+    free = replay([*events[:1], snap(10, SNAP_MASK, 0, index=1), *events[2:]], known=False)
+    assert (when(free, STRANDED), free.metrics["coalesced"]) == ([], 0)
+    pending = [snap(10, SNAP_PENDING, 1 << 6, index=1), *events[1:]]
+    assert replay(pending, known=False).metrics["coalesced"] == 1
+
+
+def test_the_story_begins_where_the_port_was_first_seen_pending() -> None:
+    def begin(*events: Event) -> list[tuple[str, int, int | None]]:
+        run = replay([*events], known=False)
+        (found,) = [f for f in run.findings if f.code.name == STRANDED]
+        return [(step.label, step.t, step.seq) for step in found.evidence]
+
+    assert begin(*HIDDEN, *words(20 * US), *words(40 * US)) == [("port 65 pending", 20 * US, len(HIDDEN))]
+    life = [*HIDDEN, send(7_000, 65), *scan(8_000, 0, 65)]
+    assert begin(*life, *words(20 * US), *words(40 * US))[-1] == ("port 65 pending", 20 * US, len(life))
+
+
+def test_a_word_that_shows_the_end_of_a_pending_life() -> None:
+    second = [send(50_000, 65), rebind(50_100, 65, 3)]
+    run = replay([*MOVED, snap(30_000, SNAP_PENDING, 0, index=1), *second])
+    assert when(run, STRANDED) == [10_200, 60_100]
+    still = replay([*MOVED, snap(30_000, SNAP_PENDING, 2, index=1), rebind(50_100, 65, 3)])
+    assert when(still, STRANDED) == [10_200]
+
+
+def test_snapshots_with_a_mask_seen_between() -> None:
+    seen = [snap(30 * US, SNAP_MASK, 2, index=1)]
+    assert when(replay([*HIDDEN, *words(20 * US), *seen, *words(40 * US)], known=False), STRANDED) == []
+
+
+def test_words_that_nobody_was_seen_to_set() -> None:
+    assert when(replay([*MOVED, snap(300, SNAP_SEL, 1 << 5, vcpu=1)]), STRANDED) == []
+    assert when(replay([*MOVED, snap(300, SNAP_SEL, 0, vcpu=1)]), STRANDED) == [10_200]
+    assert when(replay([*MOVED, snap(300, SNAP_UPCALL_PENDING, 1, vcpu=1)]), STRANDED) == []
+    assert when(replay([*MOVED, snap(300, SNAP_UPCALL_PENDING, 0x100, vcpu=1)]), STRANDED) == [10_200]  # a byte
+
+
+def test_samples_of_the_upcall_byte_are_compared() -> None:
+    def compared(*events: Event) -> tuple[int, int]:
+        m = replay(events).metrics
+        return m.get("samples_agree.upcall_pending", 0), m.get("samples_disagree.upcall_pending", 0)
+
+    assert compared(snap(10, SNAP_UPCALL_PENDING, 0)) == (1, 0)
+    assert compared(snap(10, SNAP_UPCALL_PENDING, 1)) == (0, 1)
+    assert compared(send(5, 9), snap(10, SNAP_UPCALL_PENDING, 1)) == (1, 0)
+    assert compared(send(5, 9), snap(10, SNAP_UPCALL_PENDING, 0)) == (0, 1)
+    assert compared(blocks(3), gap(5), snap(10, SNAP_UPCALL_PENDING, 0)) == (0, 0)
 
 
 # -- both ABIs on one host ---------------------------------------------------------------------------------------------
