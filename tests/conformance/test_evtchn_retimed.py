@@ -87,6 +87,13 @@ def test_a_scan_that_has_ended_is_not_taken_up_again() -> None:
     assert [f.t for f in run.findings if f.code.name == NO_WORK] == [650]
 
 
+def test_a_step_that_was_put_off_does_not_come() -> None:
+    """Port 5, for which the scan waited until 900, is closed; 11, of which nothing is recorded, comes with the next."""
+    events = [send(100, 5), send(110, 9), (600, "evtchn.close", {"obj": 5}), send(610, 7), send(700, 11)]
+    run = retimed(*events, lags=[(0, 500, 900), (1, 500, 1_000), (3, 650, 660)])
+    assert served(run) == [(660, 0, 7), (1_000, 0, 9), (1_000, 0, 11)]
+
+
 def test_vcpus_and_domains_wait_for_themselves() -> None:
     def in_dom(dom: int, event: Event) -> Event:
         return (event[0], event[1], {**event[2], "dom": dom})
