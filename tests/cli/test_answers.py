@@ -136,13 +136,15 @@ def test_switched_off(small: Dataset, place: Path, monkeypatch: pytest.MonkeyPat
 def test_the_longest_unused_go(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "LARGEST", 400)
     kept = Answers(place, "x")
+    seen: set[Path] = set()
     for number in range(3):
         kept.put({"n": number}, b"." * 50, number)
-        for path in place.iterdir():
-            if b'"n": %d}' % number in path.read_bytes():
-                os.utime(path, ns=(number, number))
+        (new,) = set(place.iterdir()) - seen
+        seen.add(new)
+        os.utime(new, ns=(number, number))
     assert kept.get(0) == ({"n": 0}, b"." * 50)  # used just now
-    kept.put({"n": 3}, b"." * 50, 3)  # 124 bytes each: three have room
+    kept.put({"n": 3}, b"." * 50, 3)  # about 130 bytes each: three have room
+    assert all(120 < path.stat().st_size < 133 for path in place.iterdir())
     assert [kept.get(number) is not None for number in range(4)] == [True, False, True, True]
 
 
