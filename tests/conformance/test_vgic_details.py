@@ -259,6 +259,16 @@ def test_nobody_executes_the_hypervisor_between_two_entries() -> None:
     assert [s for s in logged(trapped, Naive) if s[1] == "affinity"] == [(20, "affinity", -1, -1, 40, 1, 0)]
 
 
+def test_a_move_that_ends_with_a_context_switch() -> None:
+    """It is the old vcpu's CPU that injects, and kicks; back at the old vcpu nobody has to be kicked."""
+    moved = [*MIGRATE[:2], ev(4_600, "phys_irq", obj=40), ev(5_000, "sched.stop", cpu=0, vcpu=0)]
+    steps = [s for s in logged(moved, VGIC.policies["patch-v8"]) if s[0] == 5_000]
+    assert steps == [(5_000, "lr_clear", 0, 0, 40, 0), (5_000, "inject", 0, 1, 40, -1), (5_000, "sgi", 0, -1, -1, 1)]
+    back = [*moved[:3], ev(4_700, "itargets", obj=40, vcpu=1, tgt=0), moved[3]]
+    steps = [s for s in logged(back, VGIC.policies["patch-v8"]) if s[0] == 5_000]
+    assert [s[1] for s in steps] == ["lr_clear", "affinity", "inject", "lr_write"]
+
+
 def test_an_enable_raises_in_the_name_of_the_writer() -> None:
     """vgic_enable_irqs on the target's own CPU: straight into its list register."""
     events = [ev(0, "disable", obj=40, vcpu=0), ev(10, "phys_irq", obj=40), ev(100, "enable", obj=40, vcpu=0)]
@@ -407,6 +417,19 @@ def test_a_policy_that_edits_and_does_not_deactivate_edits_one_list_register_onl
     assert [s for s in logged(events, Once) if s[1] == "deactivate"] == []
 
 
+def test_two_lists_are_told_once_for_as_long_as_it_lasts() -> None:
+    sink = Sink(closed=True)
+    machine: Any = VGIC.make(Naive(), Config(VGIC.parameters), sink, "")
+    q = machine.irq(NONE, 40)
+    counts = []
+    for inflight, pending in ((0, 1), (0, 1), (0, 0), (1, 0), (-1, 0), (1, 0), (1, -1), (-2, 1), (0, 1)):
+        q.inflight_on, q.lr_pending_on = inflight, pending
+        machine.monitor.check(q)
+        counts.append(len(sink.findings))
+    assert counts == [1, 1, 1, 2, 2, 3, 3, 3, 4]
+    assert {f.code.name for f in sink.findings} == {"vgic-two-lists"}
+
+
 # -- limits --------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +516,9 @@ def test_stranded_until_another_interrupt_has_its_list_register() -> None:
     taken = [*story, {**other, "t": 110_000}, ev(120_000, "ack", vcpu=1, obj=40)]
     assert stranded(taken, end=300_000) == [(300_000, 1, 295_000, 5_000)]
     assert stranded([*story, ev(60_000, "ack", vcpu=1, obj=40)], end=300_000) == []
+    # QUEUED counts to the next load that was seen.
+    lost = [LOADED, other, ev(60_000, "inject", vcpu=0, obj=40), ev(61_000, "ack", vcpu=0, obj=40), reload(70_000)]
+    assert opened(lost).metrics["queued_ns"] == 10_000
 
 
 def test_kicks_and_what_ends_them() -> None:
@@ -506,6 +532,7 @@ def test_kicks_and_what_ends_them() -> None:
     after = [ev(900, "trace.lost", val=800), ev(950, "enable", vcpu=0, obj=40), *story]
     assert stranded([*after, inject, rescue]) == []
     assert stranded([*after, ev(1_700, "hyp_entry", vcpu=0), inject, rescue]) == [(200_000, 0, 195_000, 5_000)]
+    assert stranded([ev(100, "hyp_entry", vcpu=0), *after, inject, rescue]) == []
     # Nobody saw where the vcpu runs: any kick may have been for it, from before the beginning too.
     late = [{k: v for k, v in e.items() if k != "cpu"} for e in (ev(900, "enable", vcpu=0, obj=40), *story)]
     entry = ev(1_700, "hyp_entry", vcpu=0)

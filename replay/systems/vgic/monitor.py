@@ -196,11 +196,8 @@ class Monitor:
         if self.no_way_forward(q):
             if q.stranded_since == NIL:
                 q.stranded_since = now
-            q.stranded_until = NIL
-        elif q.stranded_since != NIL and q.stranded_until == NIL:
-            q.stranded_until = now
-            if now - q.stranded_since <= self.strand_ns:
-                q.stranded_since = NIL
+        elif q.stranded_since != NIL and now - q.stranded_since <= self.strand_ns:
+            q.stranded_since = NIL  # not for long enough; otherwise `strand` tells of it
         leak = q.p_active == 1 and q.lr == NO_LR and q.queued == 0
         if not leak:
             q.leak_since = NIL
@@ -215,9 +212,8 @@ class Monitor:
         if since == NIL:
             return
         now = self.machine.now
-        stuck_for = (now if q.stranded_until == NIL else q.stranded_until) - since
         q.stranded_since = NIL
-        if stuck_for <= self.strand_ns:
+        if now - since <= self.strand_ns:
             return
         paused = v >= 0 and self.machine.vcpus[v].running_on < 0
         self.report(

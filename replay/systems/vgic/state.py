@@ -27,7 +27,7 @@ class Irq:
         "disturbed", "dom", "edit", "enabled", "foreign", "gen", "id", "inflight_on", "leak_since", "lr",
         "lr_pending_on", "migrate_from", "migrating", "migrating_since", "mismatch_since", "moved", "obj", "p_active",
         "p_affinity", "p_latch", "priority", "queued", "queued_since", "raised_at", "soft", "stranded_since",
-        "stranded_until", "target", "waiting_since", "wrote", "wrote_seq",
+        "target", "waiting_since", "wrote", "wrote_seq",
     )  # fmt: skip
 
     def __init__(self, index: int, obj: int, dom: int, *, known: bool) -> None:
@@ -69,7 +69,6 @@ class Irq:
         self.mismatch_since: int = NIL
         self.leak_since: int = NIL
         self.stranded_since: int = NIL
-        self.stranded_until: int = NIL
         self.disturbed: bool = False  # QUEUED or written again while MIGRATING
         self.moved: bool = False  # a migration finished, nothing acknowledged since
         self.foreign: bool = False
