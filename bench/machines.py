@@ -144,6 +144,9 @@ MIXES: Final[tuple[tuple[str, str, str, Callable[[int], pa.Table], Callable[[Any
     ),
 )  # fmt: skip
 
+#: As many events of either mix, one mix after the other.
+BOTH: Final = "both together"
+
 
 def once(system: str, policy: str, events: pa.Table) -> tuple[float, int]:
     """CPU seconds of the machine, and the number of findings."""
@@ -209,6 +212,8 @@ def measure(events: int, repeat: int) -> dict[str, Any]:
             for _ in range(repeat)
         ]
         result[name] = [events / min(times) for times in zip(*rounds, strict=True)]
+    rates = [result[name] for name, *_ in MIXES]
+    result[BOTH] = [len(each) / sum(1 / rate for rate in each) for each in zip(*rates, strict=True)]
     result["scenarios"] = outcomes(scenarios())
     return result
 
@@ -250,7 +255,7 @@ def report(interpreted: Mapping[str, Any], compiled: Mapping[str, Any] | None) -
     """A Markdown table."""
     print("M events/s:\n")
     print("| mix | loop | interpreted | compiled | ratio |\n|---|---|---|---|---|")
-    for name, *_ in MIXES:
+    for name in (*(name for name, *_ in MIXES), BOTH):
         for index, loop in enumerate(("feed only", "prototype", "machine")):
             plain = interpreted[name][index] / 1e6
             if compiled is None:
