@@ -23,6 +23,7 @@ from tests.conformance.test_apic_rules import (
     found,
     lost,
     replay,
+    reset,
     runs,
     snap,
     take,
@@ -75,6 +76,14 @@ def test_vector_0_is_in_service_like_another() -> None:
     run = replay([deliver(10, 0), eoi(15), exits(16, 0), deliver(20, 0x31)], end=30)
     assert found(run, WITHOUT_IRR) == [(10, 0, -(1 << 63)), (20, 0x31, -(1 << 63))]
     assert [e.label for e in run.findings[-1].evidence] == ["deliver 0x0", "EOI", "deliver 0x31"]
+
+
+def test_a_reset_ends_what_was_requested_and_what_was_late() -> None:
+    """Registers that are read later tell of other requests and services."""
+    asked = [snap(25, 0, 1, 1 << 0x11), accept(26, 0x31), deliver(30, 0x31)]
+    assert codes(replay([accept(10, 0x51), reset(20), *asked], end=40)) == []
+    served = [*take(10, 0x31), exits(100, 0x31)]
+    assert codes(replay([*served, reset(200), snap(300, 1, 0, 1 << 0x31)])) == []
 
 
 def test_after_a_gap_it_is_not_known_since_when_a_vector_is_requested() -> None:

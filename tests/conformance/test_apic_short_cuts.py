@@ -204,6 +204,22 @@ def test_what_was_learnt_is_forgotten_in_a_gap() -> None:
     assert fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, [*service(0x31), gap, *service(0x31)])), after) == []
 
 
+def test_a_spurious_vector_after_a_reset_is_spurious_still() -> None:
+    reset: Step = ("lapic.reset", "cpu1", {})
+    assert fed(rows_of((0, service(0x31))), rows_of((1_000, [*service(0xFF)[:2], reset, *service(0xFF)[:2]]))) == []
+
+
+@pytest.mark.parametrize("tries", [1, 2, 32])
+def test_runs_that_do_not_fit_are_taken_row_by_row(tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else is requested, from the first row on or later."""
+    monkeypatch.setattr(short_cuts, "TRIES", tries)
+    begun = [*service(0x31) * 2, *service(0x41) * 2]
+    asked = service(0x41)[:1]
+    for first, second in ((asked, service(0x31) * 5), ([], [*service(0x31) * 5, *asked, *service(0x31) * 5])):
+        told = fed(rows_of((0, [*begun, *first])), rows_of((1_000, second)))
+        assert set(told) == {"lapic-not-highest"}
+
+
 @pytest.mark.parametrize("who", ["d0v0", "d1v0"])
 def test_a_request_that_is_not_served_is_told(who: str) -> None:
     """Where it is the last of many that were, with its time-out in the same batch or after it."""
@@ -249,9 +265,9 @@ class Ways:
 
 def ways(
     first: list[Step], steps: list[Step], monkeypatch: pytest.MonkeyPatch, *, hidden: Iterable[str] = (), gap: int = 10,
-    **config: int,
+    before: Sequence[list[Step]] = (), **config: int,
 ) -> Ways:  # fmt: skip
-    """Of `steps`, when the rules have seen `first` already."""
+    """Of `steps`, when the rules have seen `before` and `first` already, in batches of their own."""
     found = Ways(0, 0)
     long_way, serve = QuickApicMachine.long_way, QuickApicMachine.serve
 
@@ -268,7 +284,7 @@ def ways(
     monkeypatch.setattr(QuickApicMachine, "serve", counted_serve)
     pair = Pair(observed=APICS - set(hidden), **config)
     t = 0
-    for part in (first, steps):
+    for part in (*before, first, steps):
         found.long = found.runs = 0
         rows = [(t + gap * n, step) for n, step in enumerate(s for s in part if s[0] not in hidden)]
         pair.feed(rows)
@@ -338,6 +354,9 @@ def test_what_is_not_whole_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> N
     odd = [*A[:1], ("lapic.idle", "cpu1", {}), *A[1:]]
     assert ways(known + odd, odd * 20, monkeypatch).long == 0
     assert ways(known, late * 20, monkeypatch).long == 0
+    # The batch ends inside.
+    for count in (1, 2):
+        assert ways(known, [*A[:2], *service(0x41)[:count]], monkeypatch) == Ways(0, 0)
     # A service that is the rest of another, and runs after it.
     assert ways(known + A[:1], A[1:] + A * 20, monkeypatch) == Ways(0, 1)
     assert ways(known + A[:2], A[2:] + A * 20, monkeypatch) == Ways(0, 1)
@@ -348,13 +367,15 @@ def test_the_deepest_nesting_is_that_of_the_short_ways_too(hidden: tuple[str, ..
     flat = A * 2 + service(0x41) * 2
     late = [*A[:2], ("lapic.accept", "cpu1", {"obj": 0x41}), ("lapic.idle", "cpu1", {}), *service(0x41)[1:], A[2]]
     inside = [*A[:2], *service(0x41) * 3]
-    for steps in (NEST * 3, late, [*late, service(0x41)[0], *A * 3], inside, [*inside, A[2]]):
-        batches = [[row for row in rows_of((t, some)) if row[1][0] not in hidden] for t, some in
-                   ((0, [*flat, ("lapic.idle", "cpu1", {})]), (1_000, steps))]  # fmt: skip
+    whole = [rows_of((1_000, s)) for s in (NEST * 3, late, inside, [*inside, A[2]])]
+    if not hidden:
+        waits = rows_of((1_000, [*A[:2], service(0x41)[0]]), (3 * MS, [*service(0x41)[1:], A[2]]))  # no run
+        whole += [rows_of((1_000, [*A[:2], *service(0x41)[:2]])), waits + rows_of((4 * MS, [service(0x41)[0], *A * 3]))]
+    for rows in whole:
         pair = Pair(observed=APICS - set(hidden))
-        pair.feed(batches[0])
-        pair.feed(batches[1])
-        pair.end(2_000)
+        for some in (rows_of((0, [*flat, ("lapic.idle", "cpu1", {})])), rows):
+            pair.feed([row for row in some if row[1][0] not in hidden])
+        pair.end(5 * MS)
         assert pair.plain.metrics()["max_nesting"] == 2
 
 
@@ -365,6 +386,7 @@ def test_what_the_rules_must_see_goes_to_them(monkeypatch: pytest.MonkeyPatch) -
     level: Step = ("lapic.accept", "cpu1", {"obj": 0x31, "flags": 1})
     assert ways(A * 4, [reset, *A * 50], monkeypatch) == Ways(1, 1)
     assert ways([*A * 4, reset], A * 50, monkeypatch) == Ways(3, 1)  # what was learnt is forgotten
+    assert ways(A * 4, A * 50, monkeypatch, before=[[*A * 4, reset]]) == Ways(0, 1)  # and learnt again
     gap: Step = ("trace.lost", "", {"cpu": 2, "val": 0})
     assert ways([*A * 4, gap], A * 50, monkeypatch) == Ways(0, 1)  # of another CPU; the next batch is plain again
     assert ways([*A * 4, tpr], A * 5, monkeypatch).long == 2  # a delivery shows that TPR was lowered
