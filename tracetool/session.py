@@ -11,7 +11,7 @@ import pyarrow as pa
 from replay.bodies import Measured
 from replay.coverage import CHECKED_FROM
 from replay.declare import Config, System
-from replay.driver import Run, run_machine
+from replay.driver import Replay, Run, run_replays
 from replay.effects import Effects
 from replay.events import KIND_ID, KINDS, NONE
 from replay.parting import part
@@ -166,9 +166,8 @@ class Session:
     def opened(self) -> Run:
         """The recording's own outcomes against the rules."""
         if self._opened is None:
-            self._opened = self._run(
-                self.recorded, None, self.config(closed=False), closed=False, kinds=self.system.kinds
-            )
+            replay = self._replay(self.recorded, None, self.config(closed=False), closed=False)
+            (self._opened,) = self._run([replay], self.system.kinds)
             self.keep_answer(self._opened.metrics, b"", "metrics")
         return self._opened
 
@@ -203,12 +202,16 @@ class Session:
     def what_if(self, name: str, cls: type[Any] | None) -> Run:
         """The recorded stimuli under another policy, compared with the recorded policy on the same stimuli."""
         blind = calibrate.blind_reason(self.system, self.observed, self.measured())
-        found = self.calibration()
         if blind:
+            found = self.calibration()
             start = int(self.dataset.manifest.get("span", {}).get("t0_ns") or 0)
             run = Run(self.system.name, name, "what-if", [], {}, horizon_ns=start)
         else:
-            run = self._run(name, cls, self.config(closed=True), closed=True, kinds=self._stimuli())
+            replays = [self._replay(name, cls, self.config(closed=True), closed=True)]
+            if not self._find_calibration():  # the recorded policy's own what-if reads the same events
+                replays.append(self._recorded_what_if())
+            run, *base = self._run(replays, self._stimuli())
+            found = self.calibration(*base)
             run.horizon_ns = calibrate.horizon(self.recorded_effects(), run.effects, self.end_ns)
         reasons = list(found["reasons"])
         if name in self.measured().undecided:
@@ -225,25 +228,33 @@ class Session:
         assert self._closed is not None
         return self._closed
 
-    def calibration(self) -> dict[str, Any]:
-        """Recorded and predicted numbers of the recorded policy."""
-        if self._calibration is None and (known := self.answer("calibration")) is not None:
-            self._calibration = dict(known[0]["calibration"])
-            self._closed = Effects.restored(known[0]["effects"], known[1])
-        if self._calibration is None:
+    def calibration(self, base: Run | None = None) -> dict[str, Any]:
+        """Recorded and predicted numbers of the recorded policy; `base` is its what-if, if that was run already."""
+        if not self._find_calibration():
             blind = calibrate.blind_reason(self.system, self.observed, self.measured())
+            recorded: Mapping[str, int] = {}
             predicted: Mapping[str, int] = {}
             self._closed = Effects()
             if not blind:
-                config = self.config(closed=True, calibrating=True)
-                run = self._run(self.recorded, None, config, closed=True, kinds=self._stimuli())
-                predicted, self._closed = run.metrics, run.effects
-            self._calibration = calibrate.calibration(
-                self.system, self.recorded_metrics(), predicted, self.measured(), blind=blind
-            )
+                if base is None:
+                    (base,) = self._run([self._recorded_what_if()], self._stimuli())
+                recorded, predicted, self._closed = self.recorded_metrics(), base.metrics, base.effects
+            self._calibration = calibrate.calibration(self.system, recorded, predicted, self.measured(), blind=blind)
             whats, arrays = self._closed.stored()
             self.keep_answer({"calibration": self._calibration, "effects": whats}, arrays, "calibration")
+        assert self._calibration is not None
         return self._calibration
+
+    def _find_calibration(self) -> bool:
+        """Whether the calibration is known, here or from an earlier replay."""
+        if self._calibration is None and (known := self.answer("calibration")) is not None:
+            self._calibration = dict(known[0]["calibration"])
+            self._closed = Effects.restored(known[0]["effects"], known[1])
+        return self._calibration is not None
+
+    def _recorded_what_if(self) -> Replay:
+        """What every what-if is compared with."""
+        return self._replay(self.recorded, None, self.config(closed=True, calibrating=True), closed=True)
 
     def measured(self) -> Measured:
         """What the system's pre-pass found in the recording."""
@@ -259,28 +270,32 @@ class Session:
         fed = ("stimulus", "context", "response", "marker")
         return tuple(k for k in self.system.kinds if KINDS[KIND_ID[k]].role in fed)
 
-    def _run(
-        self, name: str, cls: type[Any] | None, config: Config, *, closed: bool, kinds: Sequence[str]
-    ) -> Run:
+    def _replay(self, name: str, cls: type[Any] | None, config: Config, *, closed: bool) -> Replay:
+        """A machine under a policy, to be run."""
         sub = str(self.facts.get(f"{self.system.name}_sub", ""))
         if closed and self.system.measure is not None:
             sub = sub or "retimed"
-        return run_machine(
+        return Replay(
             self.system,
             name,
-            lambda columns, ignored: self._batches(
-                f"{self.system.name} {name}", [kind for kind in kinds if kind not in ignored], columns
-            ),
             config=config,
             closed=closed,
             sub=sub,
-            t_end=self.dataset.manifest.get("span", {}).get("t1_ns"),
             policy_class=cls,
             from_boot=False,
             observed=frozenset(self.observed),
             measured=self.measured() if closed else None,
             keep=self.keep,
             doubt=None if closed else self.doubt,
+        )
+
+    def _run(self, replays: Sequence[Replay], kinds: Sequence[str]) -> list[Run]:
+        """Events of some kinds for machines that want the same; their names are those of the first."""
+        what = f"{self.system.name} {replays[0].policy}"
+        return run_replays(
+            replays,
+            lambda columns, ignored: self._batches(what, [kind for kind in kinds if kind not in ignored], columns),
+            self.dataset.manifest.get("span", {}).get("t1_ns"),
         )
 
     def _read(self, kinds: Sequence[str], limit: int | None = None) -> pl.DataFrame:

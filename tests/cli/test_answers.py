@@ -51,13 +51,13 @@ def told(dataset: Dataset, settings: Settings, kept: Answers | None = None) -> s
 def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The machines that run from now on."""
     ran: list[str] = []
-    run: Callable[..., Any] = session.run_machine
+    make: Callable[..., Any] = session.Replay
 
     def counted(system: Any, policy: str, *rest: Any, **given: Any) -> Any:
         ran.append(f"{system.name} {policy} {'closed' if given['closed'] else 'open'}")
-        return run(system, policy, *rest, **given)
+        return make(system, policy, *rest, **given)
 
-    monkeypatch.setattr(session, "run_machine", counted)
+    monkeypatch.setattr(session, "Replay", counted)
     return ran
 
 
