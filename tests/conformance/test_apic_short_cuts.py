@@ -204,6 +204,17 @@ def test_what_was_learnt_is_forgotten_in_a_gap() -> None:
     assert fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, [*service(0x31), gap, *service(0x31)])), after) == []
 
 
+def test_a_batch_may_begin_and_end_inside_handlers() -> None:
+    """When they were entered is remembered from the first row on."""
+    begun = [*service(0x31) * 2, *service(0x41) * 2]
+    inner = service(0x41)
+    whole = [*service(0x31)[:2], *inner, *service(0x31)[2:]]
+    for first in range(len(whole)):
+        for last in range(first, len(whole) + 1):
+            parts = begun + whole[:first], whole[first:last], whole[last:]
+            assert fed(*(rows_of((1_000 * n, part)) for n, part in enumerate(parts) if part)) == []
+
+
 def test_a_spurious_vector_after_a_reset_is_spurious_still() -> None:
     reset: Step = ("lapic.reset", "cpu1", {})
     assert fed(rows_of((0, service(0x31))), rows_of((1_000, [*service(0xFF)[:2], reset, *service(0xFF)[:2]]))) == []
@@ -312,6 +323,21 @@ def test_services_are_taken_in_runs(hidden: tuple[str, ...], monkeypatch: pytest
     assert ways([("lapic.idle", "cpu2", {})], A * 50, monkeypatch, hidden=hidden) == Ways(per, 1)
 
 
+def test_an_entry_that_was_just_written_hears_of_every_eoi() -> None:
+    """Its story is told when it is rewritten in flight."""
+    words = {v: ("ioapic.rte", "", {"obj": 20, "val": v, "val2": 1 << 15 | v | 1 << 56}) for v in (0x31, 0x41)}
+    rise: Step = ("ioapic.line", "", {"obj": 20, "val": 1})
+    steps = [*service(0x31) * 5, words[0x31], *service(0x31) * 3, rise, words[0x41]]
+    told = fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, steps)), observed={"ioapic.rte", "ioapic.line", *APICS})
+    assert told == ["ioapic-rte-change-inflight"]
+
+
+@pytest.mark.parametrize("vector", [0, 1, 0x100])
+def test_an_eoi_that_names_an_odd_vector_names_another(vector: int) -> None:
+    odd: list[Step] = [*service(0x31)[:2], ("lapic.eoi", "cpu1", {"obj": vector})]
+    assert fed(rows_of((0, service(0x31) * 4)), rows_of((1_000, odd * 2))) == ["lapic-eoi-wrong-vector"] * 2
+
+
 def test_more_processors_than_a_byte_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """vCPUs whose numbers differ by 256 take turns."""
     crowd = [
@@ -404,11 +430,15 @@ def test_a_watch_of_requests_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ways(vcpu * 4, vcpu * 50, monkeypatch, irr_stuck_ns=200) == Ways(0, 1)
     for gap in (30, 60):  # one request has to put the watch into the agenda again
         assert ways(vcpu * 4, vcpu * 50, monkeypatch, gap=gap, irr_stuck_ns=200) == Ways(1, 1)
-    # It is put off once without a request, then it ends, and the next request begins another.
+    # A request that is younger than the watch waits on.
     idle: list[Step] = [("lapic.idle", "cpu2", {})]
+    steps = [*idle * 5, vcpu[0], *idle * 3, vcpu[1]]
+    assert ways(vcpu * 4 + idle, steps, monkeypatch, irr_stuck_ns=200) == Ways(0, 0)
+    # It is put off once without a request, then it ends, and the next request begins another.
     for count, long in ((10, 0), (100, 1)):
-        steps = vcpu * 4 + idle * count + vcpu[:1]
-        assert ways(vcpu * 4 + idle, steps, monkeypatch, irr_stuck_ns=200) == Ways(long, 1)
+        for services in (1, 4):
+            steps = vcpu * services + idle * count + vcpu[:1]
+            assert ways(vcpu * 4 + idle, steps, monkeypatch, irr_stuck_ns=200) == Ways(long, 1)
 
 
 # -- find_runs, beside what it means -----------------------------------------------------------------------------------
