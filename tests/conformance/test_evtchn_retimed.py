@@ -162,3 +162,6 @@ def test_the_time_that_a_port_was_stranded_ends_with_its_selector_bit() -> None:
     run = retimed(*moved, lags=[(3, 20_100, 20_200)])
     assert served(run) == [(20_100, 2, 65), (20_200, 2, 66)]
     assert numbers(run, "stranded", "stranded_ns") == [1, 19_850]
+    second = [send(30_000, 65), (30_010, "evtchn.rebind", {"obj": 65, "tgt": 3})]
+    again = retimed(*moved, *second, lags=[(3, 20_100, 20_200)])
+    assert [f.t for f in again.findings if f.code.name == STRANDED] == [10_150, 40_010]  # another pending life

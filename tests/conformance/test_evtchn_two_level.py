@@ -168,6 +168,7 @@ def test_a_gap_ends_every_conclusion() -> None:
         snap(5_000, SNAP_MASK, 0, index=1), snap(5_000, SNAP_SEL, 0, vcpu=2),
     ]  # fmt: skip
     assert when(replay([*MOVED, gap(3_000), *known_again]), STRANDED) == [15_000]
+    assert replay([*MOVED, gap(3_000), *known_again[:1]]).metrics["stranded_ns"] == 0  # until when is not known
     later = [(t + 45_000, kind, fields) for t, kind, fields in known_again]
     assert when(replay([*MOVED, gap(30_000), *later]), STRANDED) == [10_200, 60_000]  # perhaps another life
 
@@ -188,6 +189,8 @@ def test_after_a_gap_the_end_of_an_upcall_says_nothing_of_selectors() -> None:
     events = [on(10, "evtchn.upcall", 0), gap(200), snap(300, SNAP_SEL, 0), on(400, "evtchn.upcall_end", 0)]
     run = replay([*events, snap(500, SNAP_SEL, 1)])
     assert run.metrics["samples_disagree.selector"] == 1
+    latched = [events[0], bind(65), send(20, 65), *events[1:], snap(500, SNAP_SEL, 2)]
+    assert replay(latched).metrics["samples_disagree.selector"] == 1
 
 
 # -- two snapshots as the proof ----------------------------------------------------------------------------------------
@@ -208,7 +211,8 @@ def words(t: int) -> list[Event]:
 )
 def test_snapshots_with_something_between(between: Event) -> None:
     assert when(replay([*HIDDEN, *words(20 * US), *words(40 * US)], known=False), STRANDED) == [40 * US]
-    more = [between, bind_cpu(31 * US, 65, 0)] if between[1] == "trace.lost" else [between]
+    bound: Event = (31 * US, "evtchn.bind", {"obj": 65, "tgt": 0})
+    more = [between, bound] if between[1] == "trace.lost" else [between]
     run = replay([*HIDDEN, *words(20 * US), *more, *words(40 * US)], known=False)
     assert when(run, STRANDED) == ([40 * US] if between[1] == "evtchn.unmask" else [])
 
