@@ -583,7 +583,8 @@ def test_an_arrival_while_it_migrates_counts_even_if_it_was_loaded_since() -> No
 def test_a_write_is_unknown_where_migrating_is() -> None:
     """Acknowledged from a list register that nobody saw: whether the first write has begun a migration is not known,
     and so whether another one is refused."""
-    taken = [ev(1_000, "ack", vcpu=0, obj=40), ev(2_000, "itargets", vcpu=0, obj=40, tgt=1)]
+    queued = [LOADED, *ENDED, ev(1_700, "inject", vcpu=0, obj=40), {**CLEAR, "t": 1_800}]
+    taken = [*queued, ev(1_900, "ack", vcpu=0, obj=40), ev(2_000, "itargets", vcpu=0, obj=40, tgt=1)]
     seen = ev(2_500, "lr_write", vcpu=0, cpu=0, obj=40, tgt=0, val=lr_word(40, ACTIVE, 0xA0, physical=40))
     more = [ev(3_000, "itargets", vcpu=0, obj=40, tgt=2), ev(4_000, "itargets", vcpu=0, obj=40, tgt=3)]
     assert found(opened([*taken, seen, *more], policy="merged-2017")) == []
