@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from replay.declare import Config
 from replay.driver import Run, run_machine
-from replay.events import INF, Batch, events_from_json
+from replay.events import INF, NIL, Batch, events_from_json
+from replay.machine import Machine
 from replay.sink import Sink
 from replay.systems import SYSTEMS
 from replay.systems.hpet_broadcast.machine import HpetBroadcast
@@ -224,3 +226,60 @@ def test_what_has_been_judged_is_let_go() -> None:
     assert (machine.awake_handlers, len(machine.suspects)) == (5, 1)
     machine.finish(20 * MS)
     assert machine.suspects == []
+
+
+# -- recorded: columns say what rows say -----------------------------------------------------------------------------
+
+APART = (0, 1, 500, 20 * US, 99 * US, 100 * US, 101 * US, 249 * US, 250 * US, 251 * US, 5 * MS, 420 * MS)
+
+
+def idle_stream(seed: int) -> list[dict[str, Any]]:
+    """Sleeps, mostly quiet ones, with handlers around them; now and then a word about owners, or lost records."""
+    draw = random.Random(seed)
+    out: list[dict[str, Any]] = []
+    t = 0
+    rare = draw.random() < 0.3
+    while len(out) < 60:
+        t += draw.choice(APART)
+        what, cpu, channel = draw.random(), draw.randrange(3), draw.randrange(2)
+        if what < 0.45:
+            ahead = draw.choice((20 * US, 100 * US, 5 * MS, 100 * MS))
+            out.append(e(t, "idle.enter", cpu=cpu, val=draw.choice((t + ahead, t + ahead, t + ahead, 0, NIL, t - 5))))
+        elif what < 0.85:
+            t += draw.choice(APART)
+            out.append(e(t, "idle.exit", cpu=draw.choice((cpu, out[-1]["cpu"] if out else 0)), obj=channel,
+                         tgt=draw.choice((0, 0, 0, 0, 1, 2))))  # fmt: skip
+        elif what < 0.95:
+            out.append(e(t, "hpet.handler.begin", obj=channel, cpu=cpu))
+            out.append(e(t + draw.choice((0, 2 * US)), "hpet.handler.end", obj=channel, cpu=cpu))
+            t = out[-1]["t"]
+        elif what < 0.98 or not rare:
+            refused = int(draw.random() < 0.1)
+            out.append(e(t, "hpet.retarget", obj=channel, cpu=cpu, tgt=draw.randrange(3), flags=refused))
+        else:
+            out.append(draw.choice((programmed(t, channel, cpu, draw.randrange(3), t + MS), lost(t, cpu, t)[1])))
+    return out
+
+
+def in_full(events: Sequence[dict[str, Any]], cuts: Sequence[int], policy: str, **config: Any) -> Any:
+    whole = events_from_json(events)
+    edges = [0, *cuts, len(events)]
+    run = run_machine(
+        HPET, policy, [whole.slice(lo, hi - lo) for lo, hi in pairwise(edges)],
+        config=Config(HPET.parameters, {"n_channels": 2, "n_cpus": 4, **config}), closed=False, from_boot=False,
+        t_end=events[-1]["t"] + 500 * MS,
+    )  # fmt: skip
+    return run.metrics, sorted(map(repr, run.findings))
+
+
+def test_quiet_sleeps_in_columns_say_what_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for seed in range(20):
+        events = idle_stream(seed)
+        cuts = sorted(random.Random(seed).sample(range(1, len(events)), seed % 4))
+        policy = ALL[seed % len(ALL)]
+        config = ({}, {"exit_path_ns": 0}, {"miss_ns": 200 * US, "slop_ns": 0}, {"remote_wake_ns": 0})[seed // 4 % 4]
+        runs.append((events, cuts, policy, config))
+    columns = [in_full(events, cuts, policy, **config) for events, cuts, policy, config in runs]
+    monkeypatch.setattr(RecordedBroadcast, "feed", Machine.feed)
+    assert columns == [in_full(events, cuts, policy, **config) for events, cuts, policy, config in runs]

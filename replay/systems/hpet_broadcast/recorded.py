@@ -196,6 +196,13 @@ class RecordedBroadcast(Machine):
             if last >= 0:
                 self.be(p, p.quiet, last, p.quiet.exited_seqs[last] < seq)
 
+    def look_now(self, p: _Cpu) -> None:
+        """How a CPU is when an entry of the agenda is due: after the events of that moment."""
+        if p.quiet is not None:
+            last = bisect_right(p.quiet.entered, self.now) - 1
+            if last >= 0:
+                self.be(p, p.quiet, last, p.quiet.exited[last] <= self.now)
+
     def be(self, p: _Cpu, quiet: QuietSleeps, last: int, over: bool) -> None:
         """The CPU's last move was the entry of a quiet sleep, or its exit; unless more is known."""
         seq = quiet.exited_seqs[last] if over else quiet.entered_seqs[last]
@@ -274,6 +281,7 @@ class RecordedBroadcast(Machine):
             if p.timer != self.now:  # there is an entry that is earlier or later
                 return
             p.timer = INF
+            self.look_now(p)
             if p.asleep != 1:
                 pass
             elif p.generation != c:
@@ -489,10 +497,7 @@ class RecordedBroadcast(Machine):
     def judge(self, s: _Suspect) -> None:
         """The handler ran on a CPU that was awake: it served sleepers elsewhere, or nobody."""
         p = self.cpus[s.cpu]
-        if p.quiet is not None:
-            last = bisect_right(p.quiet.entered, self.now) - 1
-            if last >= 0:
-                self.be(p, p.quiet, last, p.quiet.exited[last] <= self.now)
+        self.look_now(p)
         if not self.all_seen_since(s.awake_since):
             return
         entering = self.exit_path_ns if s.owned else self.remote_wake_ns + self.exit_path_ns
