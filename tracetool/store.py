@@ -42,8 +42,9 @@ FORMAT_VERSION: Final = 1
 ROW_GROUP: Final = 512 << 10
 #: Rows that Parquet encodes at a time.
 WRITE_ROWS: Final = 32 << 10
-#: Freed memory between what stays is given back each so many times that rows are written.
-GIVE_BACK_EVERY: Final = 16
+#: Freed memory between what stays is given back each so many times that rows, or events, are written: it has to be
+#: taken anew, a fault a page.
+GIVE_BACK_EVERY, GIVE_BACK_EVENTS = 16, 4
 #: Bytes of new rows after which it is decided what is written and what waits.
 FRESH_BYTES: Final = 20 << 20
 #: Rows of a row group of canonical events, which are wide.
@@ -344,7 +345,9 @@ class DatasetWriter:
                     writer.append(batch.slice(start, EVENT_GROUP))
                     if writer.pending_rows >= EVENT_GROUP:
                         writer.flush()
-                        _give_back()
+                        self.flushes += 1
+                        if self.flushes % GIVE_BACK_EVENTS == 0:
+                            _give_back()
                 del batch  # the next one is made before the name is given to it
         finally:
             writer.close()

@@ -66,8 +66,15 @@ def find_records(words: _Words, starts: _Index, ends: _Index) -> tuple[_Index, _
 
 
 def _steps(words: _Words) -> _Bytes:
-    """Length in words of a record that begins at each word."""
-    return np.frombuffer(words.astype("<u4", copy=False).view(np.uint8)[3::4].tobytes().translate(STEPS), np.uint8)
+    """Length in words of a record that begins at each word: STEPS in arithmetic, which is faster than a look-up."""
+    top = words.astype("<u4", copy=False).view(np.uint8)[3::4].copy()
+    steps: _Bytes = top >> np.uint8(7)
+    steps += steps
+    top >>= np.uint8(4)
+    top &= np.uint8(7)
+    steps += top
+    steps += np.uint8(1)
+    return steps
 
 
 def _walk(steps: _Bytes, at: _Index, stop: _Index, mark: NDArray[np.bool_] | None) -> _Index:

@@ -84,13 +84,13 @@ class _Headers:
         self.of_table: dict[int, list[int]] = {}  # codes of each table
         self.decided: list[bool] = [False]
         self.known = np.zeros(0, np.uint32)
-        self.codes = np.zeros(0, np.uint16)
+        self.codes = np.zeros(0, np.intp)  # as wide as an index: other integers are converted each time
         self.slot_header = np.zeros(1 << LUT_BITS, np.uint32)
-        self.slot_code = np.zeros(1 << LUT_BITS, np.uint16)
+        self.slot_code = np.zeros(1 << LUT_BITS, np.intp)
 
-    def encode(self, head: _Words) -> NDArray[np.uint16]:
+    def encode(self, head: _Words) -> NDArray[np.intp]:
         slot = ((head * HASH) >> np.uint32(32 - LUT_BITS)).astype(np.intp)
-        code: NDArray[np.uint16] = self.slot_code.take(slot)
+        code: NDArray[np.intp] = self.slot_code.take(slot)
         missed = np.flatnonzero(self.slot_header.take(slot) != head)
         if len(missed):
             values = head[missed]
@@ -107,7 +107,7 @@ class _Headers:
         return code
 
     def _add(self, fresh: _Words) -> None:
-        codes = np.zeros(len(fresh), np.uint16)
+        codes = np.zeros(len(fresh), np.intp)
         for index, header in enumerate(fresh.tolist()):
             form, decided = candidates(header, self.version, self.span)
             if form is None:
@@ -187,7 +187,7 @@ class Decoder:
             self.same = (_repeated(2 * rows, self.source), plain(pa.uint32(), zeros))
         return self.same[0].slice(0, rows), self.same[1].slice(0, rows)
 
-    def _encode(self, batch: Batch) -> NDArray[np.uint16]:
+    def _encode(self, batch: Batch) -> NDArray[np.intp]:
         """Code of each record's form; hypercalls whose argument sizes contradict their length become `unknown`."""
         codes = self.headers.encode(batch.head)
         if self.headers.packed.any():
@@ -200,11 +200,11 @@ class Decoder:
         return codes
 
     def _fields(
-        self, number: int, words: _Words, payload: _Index, head: _Words, pick: _Index, codes: NDArray[np.uint16]
+        self, number: int, words: _Words, payload: _Index, head: _Words, pick: _Index, codes: NDArray[np.intp]
     ) -> list[Any]:
         """An event's own columns (after `event`); records of one event may have several forms."""
         rows = len(payload)
-        code: NDArray[np.uint16] | None = None
+        code: NDArray[np.intp] | None = None
         present = self.headers.of_table[number]
         counts = [rows]
         if len(present) > 1:
@@ -237,7 +237,7 @@ class Decoder:
         words: _Words,
         payload: _Index,
         head: _Words,
-        code: NDArray[np.uint16],
+        code: NDArray[np.intp],
         present: list[int],
     ) -> dict[str, Filled]:
         values: dict[str, NDArray[Any]] = {}
@@ -261,7 +261,7 @@ class _Rows:
     """The records of a batch in the order of the tables: what all kinds of records have."""
 
     def __init__(
-        self, decoder: Decoder, batch: Batch, pick: _Index, by_table: _Index, codes: NDArray[np.uint16]
+        self, decoder: Decoder, batch: Batch, pick: _Index, by_table: _Index, codes: NDArray[np.intp]
     ) -> None:
         self.decoder = decoder
         self.batch = batch
