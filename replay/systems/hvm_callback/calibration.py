@@ -139,8 +139,7 @@ def _runs(events: pl.DataFrame, injections: pl.DataFrame) -> pl.DataFrame:
         runs = found.with_columns(pl.when(mine).then(pl.col("at") - pl.col("t_ns")).alias(name)).drop("at")
     runs = runs.with_columns(clear=pl.when(pl.col("clear") < pl.col("eoi")).then(pl.col("clear")))
     entries = of_kinds(events, "via.vmentry").select("seq", *who, entry="t_ns", after_seq="seq")
-    runs = runs.sort("eoi_seq", nulls_last=True)
-    ended = runs.filter(pl.col("eoi_seq").is_not_null())
+    ended = runs.filter(pl.col("eoi_seq").is_not_null()).sort("eoi_seq")
     ended = ended.join_asof(
         entries, left_on="eoi_seq", right_on="seq", by=who, strategy="forward", check_sortedness=False
     )

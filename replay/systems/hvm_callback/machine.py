@@ -63,7 +63,6 @@ class CallbackMachine(Machine):
     def __init__(self, policy: Policy, config: Config, sink: Sink) -> None:
         super().__init__(sink)
         self.policy = policy
-        self.config = config
         self.closed = sink.closed
         self.seq = NONE  # canonical event that is being fed; NONE for predicted ones
         self.gsi = config.integer("gsi")
@@ -82,7 +81,6 @@ class CallbackMachine(Machine):
         self.domains: dict[int, Domain] = {}
         self.monitor = CallbackMonitor(sink, config)
         self.watchdog = Watchdog(sink, config)
-        self.started = False
         # What-if on a recording: its bodies, the inferred sets that are still to come, the VM entries of bodies.
         self.bodies: Bodies | None = None
         self.recorded: Recorded | None = None
@@ -113,9 +111,7 @@ class CallbackMachine(Machine):
 
     def start(self) -> None:
         """What the recording can show decides which rules may speak."""
-        self.started = True
         self.monitor.sees_sets = self.sees("via.upcall_set")
-        self.monitor.sees_lines = self.sees("via.line")
         self.monitor.sees_work = self.sees("evtchn.handled")
         self.monitor.sees_windows = self.sees("lapic.intr_window")
 
@@ -128,8 +124,7 @@ class CallbackMachine(Machine):
         return d
 
     def consume(self, rows: Iterable[tuple[int, ...]]) -> None:
-        if not self.started:
-            self.start()
+        self.start()
         if self.closed:
             self.consume_stimuli(rows)
         else:
@@ -324,13 +319,11 @@ class CallbackMachine(Machine):
         u = d.vcpu(v)
         if u.ready_since == NIL:
             u.ready_since = self.now
-        u.running = 1
         u.offline = 0
 
     def recorded_stop(self, d: Domain, v: int, state: int) -> None:
         """sched.stop; only a runnable vCPU still wants to run. Without a state it is unknown whether it does."""
         u = d.vcpu(v)
-        u.running = 0
         if state != RUNNABLE:
             u.ready_since = NIL
         u.offline = UNKNOWN if state == NIL else 1 if state == OFFLINE else 0
@@ -416,7 +409,7 @@ class CallbackMachine(Machine):
 
     def recorded_hold(self, d: Domain, gsi: int, source: int, a: int) -> None:
         """Another device's line."""
-        if d.hold(gsi, source, a) < 0:
+        if d.hold(gsi, source, a):
             self.watchdog.underflow(d, gsi, source, self.now, self.seq)
         if a and gsi == d.via_gsi:
             self.monitor.end_stale(d, self.now)
@@ -445,7 +438,6 @@ class CallbackMachine(Machine):
         for d in self.domains.values():
             if d.stale_clock != NIL:
                 d.stale_ns += t_end - d.stale_clock
-                d.stale_clock = NIL
             self.monitor.finish(d, t_end)
         self.sink.findings.sort(key=lambda finding: finding.t)
 

@@ -130,8 +130,7 @@ class Matching:
         return self.counts
 
     def forget(self) -> None:
-        """Records were lost: what was open stays open, and nothing around it is missing."""
+        """Records were lost: what was open is let go, and nothing from before the next match is missing."""
         self.open.clear()
-        self.without_handler = self.without_injection = 0
         self.any_matched = False
         self.end_row()

@@ -42,10 +42,9 @@ class CallbackMonitor:
     def __init__(self, sink: Sink, config: Config) -> None:
         self.sink = sink
         self.closed = sink.closed
-        self.sees_sets = True
-        self.sees_lines = True
-        self.sees_work = True
-        self.sees_windows = True
+        self.sees_sets: bool  # these three are the machine's to say, before anything happens
+        self.sees_work: bool
+        self.sees_windows: bool
         self.storm_count = config.integer("storm_count")
         self.stale_error_ns = config.integer("stale_error_ns")
         self.late_assert_ns = config.integer("late_assert_ns")
@@ -73,11 +72,9 @@ class CallbackMonitor:
 
     def flag_cleared(self, d: Domain, v: int, t: int, seq: int) -> None:
         """The guest's handler on vcpu `v` read and cleared the flag."""
-        if self.sees_lines and d.flag == 1:
-            self._assert_overdue(d, t)
+        self._assert_overdue(d, t)
         d.clears += d.flag == 1
         d.clear_t = t
-        d.set_t = NIL
         d.reads += 1
         d.story.append((t, seq, CLEAR_WORD, v))
 
@@ -89,7 +86,7 @@ class CallbackMonitor:
             d.story.append((t, seq, ASSERT_WORD, NONE))
             d.line_t = t
             d.line_excused = False
-            if d.set_t != NIL and d.flag == 1:
+            if d.flag == 1:
                 self.asserted(d, t, t - d.set_t, seq)
         else:
             d.story.append((t, seq, DEASSERT_WORD, NONE))
@@ -106,7 +103,7 @@ class CallbackMonitor:
 
     def _assert_overdue(self, d: Domain, t: int) -> None:
         """The flag has been set for long and the line is known to be low still; told once for each set."""
-        if d.set_t == NIL or d.flag != 1 or d.via_asserted != 0 or d.late_reported or d.offline0 or self.closed:
+        if d.flag != 1 or d.via_asserted != 0 or d.late_reported or d.offline0 or self.closed:
             return
         if t - d.set_t > self.late_assert_ns and d.routed():
             self._late_assert(d, t, t - d.set_t, NONE)
@@ -346,8 +343,7 @@ class CallbackMonitor:
         for vcpu in d.vcpus.values():
             if vcpu.injected_t != NIL and vcpu.flag_at_injection == 0:
                 self.verdict(d, vcpu, UNKNOWN)
-        if self.sees_lines:
-            self._assert_overdue(d, t)
+        self._assert_overdue(d, t)
         if d.line_t != NIL and not d.line_excused and self.sees_windows and d.via_asserted == 1:
             targets = d.targets(d.ioapic.pin(d.via_gsi))
             u = d.vcpu(targets[0]) if targets else None

@@ -59,7 +59,7 @@ class Domain:
         known = closed or machine.from_boot or created
         self.known = known
         self.flag = 0 if closed or (known and machine.sees("via.upcall_set")) else UNKNOWN
-        self.set_t = NIL
+        self.set_t: int  # written where the flag becomes 1, read only while it is
         self.clear_t = NIL
         self.via_type = VIA_GSI
         self.via_gsi = machine.gsi
@@ -133,7 +133,6 @@ class Domain:
         pin.vector = self.vector
         pin.level = 1
         pin.masked = 0
-        pin.logical = 0
         pin.dest = self.machine.dest_vcpu * self.machine.apic_id_stride
 
     def vcpu(self, number: int) -> Vcpu:
@@ -221,11 +220,11 @@ class Domain:
             if vector != NONE:
                 self.vector = vector
 
-    def hold(self, gsi: int, source: int, a: int) -> int:
-        """Another device raises or lowers its INTx. Returns -1 when it lets go of what it surely did not hold."""
+    def hold(self, gsi: int, source: int, a: int) -> bool:
+        """Another device raises or lowers its INTx. True when it lets go of what it surely did not hold."""
         key = gsi << 32 | (source & 0xFFFFFFFF)
         count = self.held.get(key, 0)
-        result = 0
+        underflow = False
         if a:
             # The same source twice is one contribution: pci_intx is a bitmap. An unnamed source may be several.
             self.held[key] = count + 1 if source == NONE else 1
@@ -234,9 +233,9 @@ class Domain:
         elif gsi == self.via_gsi and self.strangers > 0:
             self.strangers -= 1
         elif (gsi == self.via_gsi and self.strangers == 0) or (gsi != self.via_gsi and self.known):
-            result = -1
+            underflow = True
         self.refresh(gsi)
-        return result
+        return underflow
 
     def message(self, pin: Pin, outcome: int, eoi_vcpu: int) -> None:
         """V3 for what the pin did: `outcome` of a transition, `eoi_vcpu` the vCPU whose EOI caused it."""
@@ -368,8 +367,6 @@ class Domain:
         self.known = False
         self.matching.forget()
         self.flag = UNKNOWN
-        self.set_t = NIL
-        self.clear_t = NIL
         self.callback_eoi_t = NIL
         self.line_t = NIL
         self.via_asserted = UNKNOWN

@@ -50,12 +50,10 @@ class Vcpu:
         self.injected_t = NIL
 
     def forget(self) -> None:
-        """Records were lost (U2)."""
+        """Records were lost (U2). One that was offline is until it is seen to run; a handler seen just before the gap
+        may still be the next injection's."""
         self.lapic.forget()
-        self.running = UNKNOWN
         self.ready_since = NIL
-        self.offline = UNKNOWN
         self.entries_since_eoi = 1
         self.last_entry_t = NIL
-        self.ahead_t = NIL
         self.forget_injection()
