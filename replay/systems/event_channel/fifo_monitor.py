@@ -96,9 +96,10 @@ class FifoMonitor(Machine):
             self.agenda.at(self.now + self.strand_ns, SOFTWARE, EVALUATE, dom.id)
 
     def report_unlinked(self, dom: FifoDomain, port: FifoPort) -> None:
-        """Raise fifo-pending-unlinked, once in a pending life, unless the vCPU is just handling the event."""
+        """Raise fifo-pending-unlinked, once in a pending life, unless a vCPU may just be handling the event (U3)."""
         owner = dom.vcpus.get(port.last_vcpu)
-        if port.reported or (port.clears and owner is not None and owner.consuming != 0):
+        handling = port.last_vcpu == NONE or (owner is not None and owner.consuming != 0)
+        if port.reported or (port.clears and handling):
             return
         port.reported = True
         self.sink.report(
