@@ -311,6 +311,13 @@ def test_a_predicted_hypercall_that_was_not_recorded_is_forgotten_with_the_next_
     assert replay(events, end=500).metrics["unmask_hypercalls"] == 2
 
 
+def test_a_port_of_another_vcpu_is_unmasked_by_hypercall_under_every_policy_but_the_first() -> None:
+    events = [bind(65, 1), mask(0, 1, 65), send(100, 65), unmask(200, 0, 65)]
+    for policy, hvm, calls in (("current", True, 0), ("proposed", True, 1), ("modern", True, 1), ("modern", False, 1)):
+        run = replay(events, policy=policy, closed=True, hvm=hvm)
+        assert (run.metrics["unmask_hypercalls"], run.metrics["handled"]) == (calls, calls)
+
+
 def test_a_bind_ends_what_was_before() -> None:
     one_sided = [bind(65), bind_cpu(1_000, 65, 3)]
     assert when(replay(one_sided), MISMATCH) == [11_000]
@@ -397,6 +404,52 @@ def test_one_entry_of_the_agenda_serves_all_ports() -> None:
     assert entries(machine(*masked, send(2_000, 9), send(3_000, 70)), MASKED) == [second + 2_000]
     later = machine(*masked, send(2_000, 9), send(3_000, 70), send(second + 2_500, 80))
     assert entries(later, MASKED) == [second + 3_000]
+
+
+def test_events_that_name_no_port_or_no_vcpu() -> None:
+    base = [bind(9), send(50, 9), *scan(100, 0, 9), send(1_500, 0), *scan(2_000, 0, 0)]
+    odd: list[Event] = [
+        (5_000, "evtchn.send", {}), (5_010, "evtchn.handled", {"obj": 9}), (5_020, "evtchn.upcall", {}),
+        (5_030, "evtchn.upcall_end", {}), (5_040, "evtchn.clear", {}),
+    ]  # fmt: skip
+    for n in range(len(odd) + 1):
+        m = replay([*base, *odd[:n], send(6_000, 70)]).metrics
+        assert (m["sends"], m["handled"], m["upcalls"], m["pending"]) == (3, 2, 2, 1)
+
+
+def test_a_time_of_zero() -> None:
+    """What has to last for no time at all is told before the next event."""
+    cleared = on(1, "evtchn.clear", 2, obj=65)
+    assert when(replay([bind(65), send(0, 65), rebind(0, 65, 2), cleared], strand_ns=0), STRANDED) == [0]
+    warm = [*scan(0, 0, 9), *scan(0, 2, 9)]
+    assert when(replay([*warm, bind(65), send(3_000, 65), rebind(3_000, 65, 2), on(3_000, "evtchn.clear", 2, obj=65)],
+                       strand_ns=0), STRANDED) == []  # fmt: skip
+
+
+def test_short_cuts_do_what_the_rules_do() -> None:
+    """`replay` compares with the machine that has none: everything is known, and every port has had a life."""
+    calm: list[Event] = [on(0, "sched.run", 0, cpu=0)]
+    for t, port in ((1_000, 9), (3_000, 65), (5_000, 9), (7_000, 65), (9_000, 64)):
+        calm += [send(t, port), *scan(t + 200, 0, port)]
+    predicted = [mask(20_000, 0, 65), send(20_100, 65), unmask(20_200, 1, 65), *scan(20_300, 0, 65)]
+    own = replay([*calm, *predicted, hypercall(30_000, 65)], end=40_000)
+    assert own.metrics["unmask_hypercalls"] == 2  # the predicted one was handled before this
+    waiting = replay([*calm, send(20_000, 65), blocks(21_000)], end=40_000)
+    assert when(waiting, BLOCK) == [31_000]
+    stranded = replay([*calm, send(20_000, 65), rebind(20_500, 65, 2)], end=40_000)
+    (found,) = [f for f in stranded.findings if f.code.name == STRANDED]
+    assert [(step.label, step.t) for step in found.evidence] == [
+        ("port 65 pending", 20_000), ("selector bit 1 set on vcpu0", 20_000),
+    ]  # fmt: skip
+    assert found.cause == WRONG
+    nested = [send(20_000, 9), on(20_100, "evtchn.upcall", 0), on(20_200, "evtchn.upcall", 0),
+              on(20_300, "evtchn.upcall_end", 0), send(20_400, 64), on(20_500, "evtchn.upcall_end", 0)]  # fmt: skip
+    assert replay([*calm, *nested, snap(21_000, SNAP_SEL, 0)]).metrics["samples_disagree.selector"] == 0
+    left = [send(20_000, 64), send(20_010, 65), *scan(20_100, 0, 65)]  # 64 is ready, and left where it is
+    assert when(replay([*calm, *left]), STRANDED) == [31_100]
+    first = [mask(20_000, 0, 65), send(20_010, 65), send(20_020, 64), rebind(20_030, 64, 1),
+             snap(20_040, SNAP_MASK, 0, index=1)]  # fmt: skip
+    assert when(replay([*calm, *first]), STRANDED) == [30_030]
 
 
 # -- closed runs -------------------------------------------------------------------------------------------------------
@@ -510,6 +563,7 @@ def test_ports_named_later_are_as_the_word_said() -> None:
     events = [*start, rebind(30, 70, 0), snap(40, SNAP_SEL, 0), send(50, 70)]
     run = replay([*events, snap(5_000, SNAP_MASK, 0, index=1)], known=False)
     assert when(run, STRANDED) == [15_000]  # it was masked, so no selector bit was set
+    assert run.metrics["coalesced"] == 0
     free = replay([*events[:1], snap(10, SNAP_MASK, 0, index=1), *events[2:]], known=False)
     assert (when(free, STRANDED), free.metrics["coalesced"]) == ([], 0)
     pending = [snap(10, SNAP_PENDING, 1 << 6, index=1), *events[1:]]
