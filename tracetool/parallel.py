@@ -20,7 +20,7 @@ from tracetool.child import cause, follow_parent, start_child
 from tracetool.store import Dataset, StoreError
 
 if TYPE_CHECKING:
-    from tracetool.replaying import Settings
+    from tracetool.asked import Settings
 
 __all__ = ["can_part", "replay_systems", "usual_jobs"]
 
@@ -134,7 +134,8 @@ def _serve(
 ) -> None:
     """One system, in a process of its own."""
     follow_parent()
-    from tracetool.replaying import choose, replay_dataset
+    from tracetool.asked import choose
+    from tracetool.replaying import replay_dataset  # which imports this module
 
     def tell(*said: Any) -> None:
         pipe.send(("progress", said))

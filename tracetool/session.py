@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import polars as pl
 import pyarrow as pa
@@ -18,11 +18,17 @@ from replay.parting import part
 from replay.sink import Finding, Sink
 from tracetool import calibrate
 from tracetool.answers import Answer, Answers
-from tracetool.replaying import MEASURED_COLUMNS, Choice, Settings, blind_share, observations, rules_of
+from tracetool.asked import Choice, Settings
 from tracetool.results import SEVERITIES, run_record
+from tracetool.seen import blind_share, observations, rules_of
 from tracetool.store import Dataset
 
-__all__ = ["Session"]
+__all__ = ["MEASURED_COLUMNS", "Session"]
+
+#: What pre-passes and the matching of outcomes read of a canonical event.
+MEASURED_COLUMNS: Final = (
+    "seq", "t_ns", "kind", "cpu", "dom", "vcpu", "obj", "tgt", "val", "val2", "flags", "conf", "t_err_ns",
+)  # fmt: skip
 
 
 class Session:

@@ -33,8 +33,8 @@ from replay.sink import Finding
 from replay.systems import SYSTEMS
 from tests.conformance.hunted import stream
 from tests.conformance.pinned_grammar import GRAMMAR, SETTINGS, STEPS, Setting
-from tracetool.replaying import MEASURED_COLUMNS
 from tracetool.seeded import BUGS, Bug
+from tracetool.session import MEASURED_COLUMNS
 
 __all__ = [
     "GROUPS", "PINS", "add_hunted", "bugs", "known_names", "lines", "measure", "pinned", "recording", "runs", "said",

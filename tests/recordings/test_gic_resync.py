@@ -14,7 +14,7 @@ from replay.driver import Run, run_machine
 from replay.systems import SYSTEMS
 from tests.shared import SAMPLES
 from tracetool.ingest import IngestOptions, ingest
-from tracetool.replaying import EVENT_COLUMNS
+from tracetool.session import MEASURED_COLUMNS
 from tracetool.store import Dataset
 
 GIC = SYSTEMS["gic"]
@@ -26,7 +26,7 @@ class Log:
     def __init__(self, folder: Path) -> None:
         ingest([str(SAMPLES / "qemu-arm64-gic.log.gz")], folder, IngestOptions())
         dataset = Dataset.open(folder)
-        self.events = pa.concat_tables(list(dataset.event_batches(list(GIC.kinds), EVENT_COLUMNS)))
+        self.events = pa.concat_tables(list(dataset.event_batches(list(GIC.kinds), MEASURED_COLUMNS)))
         self.observed = frozenset(dataset.manifest["observed"])
         self.kinds = self.events["kind"].to_pylist()
         self.flags = self.events["flags"].to_pylist()
