@@ -1,7 +1,7 @@
 """Which modules the wheel has compiled (mypyc, the same sources), and whether these here are.
 
-Compiled are the machines that see most events, with their rules and monitors, and the policies of HPET broadcast, which
-work at every sleep. The other policies and declarations stay interpreted. A user's policy is always interpreted; it may
+Compiled are the machines that see most events, with their rules and monitors, and their policies, which work at every
+unmask or sleep. The other policies and declarations stay interpreted. A user's policy is always interpreted; it may
 be a subclass of one of ours.
 """
 
@@ -26,6 +26,7 @@ MODULES: Final = (
     "replay/systems/apic/monitor.py",
     "replay/systems/apic/machine.py",
     "replay/systems/apic/short_cuts.py",
+    "replay/systems/event_channel/policies.py",
     "replay/systems/event_channel/monitor.py",
     "replay/systems/event_channel/rules.py",
     "replay/systems/event_channel/machine.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Final
 
+from replay.compiled import mypyc_attr
 from replay.events import NONE
 from replay.hardware.evtchn_two_level import Channel, TwoLevelDomain, VcpuInfo
 from replay.systems.event_channel.machine import TwoLevelMachine
@@ -11,6 +12,7 @@ from replay.systems.event_channel.machine import TwoLevelMachine
 __all__ = ["POLICIES", "Any", "Current", "Modern", "Policy", "Proposed"]
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Policy:
     """Strategy of the two-level guest; subclass it for `--policy ./mine.py:MyPolicy`."""
 
@@ -21,6 +23,7 @@ class Policy:
         raise NotImplementedError
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Current(Policy):
     """Linux before December 2005, unmask_evtchn: E3 wherever it executes."""
 
@@ -31,6 +34,7 @@ class Current(Policy):
         machine.unmask_locally(dom, vcpu, channel)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Proposed(Policy):
     """Linux from 3e61615263 on: a port of another vCPU is unmasked by EVTCHNOP_unmask."""
 
@@ -46,6 +50,7 @@ class Proposed(Policy):
             machine.unmask_by_hypercall(dom, channel)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Modern(Policy):
     """Linux events_2l.c, evtchn_2l_unmask: as proposed, but a pending port of an HVM-type guest always takes the
     hypercall, because such a guest does not look for events when it enables interrupts."""

@@ -40,6 +40,8 @@ TO_MASK: Final = 6
 TO_UNMASK: Final = 7
 STEPS: Final = 8
 
+#: vCPU numbers of a guest that a byte holds; guests with more of them go by the rules.
+BYTE: Final = 1 << 8
 #: Rows that are looked at together.
 STRIDE: Final = 1 << 14
 
@@ -57,7 +59,7 @@ class QuickTwoLevelMachine(TwoLevelMachine):
     def __init__(self, policy: Any, config: Config, sink: Sink) -> None:
         super().__init__(policy, config, sink)
         # Columns of the present stretch.
-        self.times: list[int] = []
+        self.times: Any = ()
         self.seqs: Any = ()
         self.others: tuple[Any, ...] = ()
 
@@ -73,6 +75,10 @@ class QuickTwoLevelMachine(TwoLevelMachine):
         """Feed the rows of one stretch."""
         vcpus = batch.array("vcpu")
         ports = batch.array("obj")
+        doms = batch.array("dom")
+        if vcpus.max() >= BYTE:
+            self.consume(batch.rows(self.columns))
+            return
         steps = _STEP[batch.array("kind")]
         if ports.min() < 0 or ports.max() >= self.bits * self.bits:
             steps[_OF_PORT[steps] & ((ports < 0) | (ports >= self.bits * self.bits))] = SLOW
@@ -82,17 +88,21 @@ class QuickTwoLevelMachine(TwoLevelMachine):
         sends = self.sends + counts[TO_SEND]
         handled = self.handled + counts[TO_HANDLED]
         upcalls = self.upcalls + counts[TO_UPCALL]
-        self.times = batch.array("t_ns").tolist()
+        self.times = memoryview(batch.array("t_ns"))
         self.seqs = memoryview(batch.array("seq"))
-        self.others = tuple(memoryview(batch.array(name)) for name in ("kind", "tgt", "val", "flags"))
-        self.run_rows(steps.tolist(), batch.array("dom").tolist(), vcpus.tolist(), ports.tolist())
+        self.others = tuple(memoryview(batch.array(name)) for name in ("kind", "vcpu", "tgt", "val", "flags"))
+        one = doms.min() == doms.max()
+        self.run_rows(
+            steps.tobytes(), [int(doms[0])] * len(batch) if one else doms.tolist(), vcpus.astype(np.uint8).tobytes(),
+            ports.tolist(),
+        )  # fmt: skip
         # Whatever the methods of the rules counted.
         self.sends = sends
         self.handled = handled
         self.upcalls = upcalls
         self.now = self.times[len(batch) - 1]
 
-    def run_rows(self, steps: list[int], doms: list[int], vcpus: list[int], ports: list[int]) -> None:
+    def run_rows(self, steps: bytes, doms: list[int], vcpus: bytes, ports: list[int]) -> None:
         """The loop."""
         heap = self.agenda.heap
         monitor = self.monitor
@@ -127,7 +137,8 @@ class QuickTwoLevelMachine(TwoLevelMachine):
                 if channel is not None and not channel.trouble:
                     channel.clears = True
                     channel.pending = 0
-                    ready[channel.word] &= ~channel.word_bit
+                    word = channel.word
+                    ready[word] = ready[word] & ~channel.word_bit
                     continue
             elif step == TO_SEND:
                 channel = channels[p]
@@ -149,14 +160,14 @@ class QuickTwoLevelMachine(TwoLevelMachine):
                         ):
                             told = target.sel & bit  # E1 ends here: somebody is told already
                             if told or ready[word] == 0:
-                                ready[word] |= channel.word_bit
+                                ready[word] = ready[word] | channel.word_bit
                                 channel.pending = 1
                                 channel.pend_t = times[i]
                                 channel.pend_seq = seqs[i]
                                 channel.since = INF
                                 if not told:
                                     channel.select_vcpu = guest
-                                    target.sel |= bit
+                                    target.sel = target.sel | bit
                                     target.setter[word] = p
                                     target.upcall_pending = 1
                                 continue
@@ -175,7 +186,8 @@ class QuickTwoLevelMachine(TwoLevelMachine):
                     if vcpu is not None:
                         vcpu.dispatched += 1
                         if channel.pend_t != NIL:
-                            delay = times[i] - channel.pend_t
+                            now: int = times[i]
+                            delay = now - channel.pend_t
                             delivery_ns += delay
                             if delay > longest:
                                 longest = delay
@@ -218,8 +230,8 @@ class QuickTwoLevelMachine(TwoLevelMachine):
             elif step == TO_UNMASK:
                 self.unmask(dom, v, dom.channel(p))
             else:
-                kinds, targets, values, flags = self.others
-                self.event(dom, kinds[i], v, p, targets[i], values[i], flags[i])
+                kinds, numbers, targets, values, flags = self.others
+                self.event(dom, kinds[i], numbers[i], p, targets[i], values[i], flags[i])
                 longest = max(longest, self.max_delivery_ns)
                 longest_hot = max(longest_hot, self.max_delivery_hot_ns)
             known = len(slots)
