@@ -35,6 +35,7 @@ from tests.conformance.test_apic_rules import (
     runs,
     serve,
     snap,
+    stops,
     take,
 )
 from tests.conformance.test_ioapic_rules import PIN, VEC, ev, rte
@@ -116,6 +117,19 @@ def test_each_request_has_one_time_out() -> None:
     assert found(replay([runs(0), *asked]), STUCK) == [
         (MS + 100, 0x31, MS), (MS + 600, 0x41, MS), (2 * MS + 200, 0x61, MS),
     ]  # fmt: skip
+
+
+def test_a_request_that_was_late_before_is_told_once() -> None:
+    """It waited while its vCPU did not run, was served, and is asked for again: the old time-out is not its own."""
+    vcpu = {"dom": 1, "vcpu": 0}
+    late = [stops(50), accept(100, 0x31, vcpu), runs(MS + 500), deliver(MS + 600, 0x31, vcpu)]
+    ended = [eoi(MS + 700, None, vcpu), exits(MS + 710, 0x31, vcpu)]
+    again = [runs(0), *late, *ended, accept(MS + 900, 0x31, vcpu)]
+    assert found(replay(again), STUCK) == [(2 * MS + 900, 0x31, MS)]
+    # While it is still the same request the time-out goes on until it could have been delivered.
+    assert found(replay([runs(0), *late[:3]]), STUCK) == [(2 * MS + 500, 0x31, MS)]
+    held = [runs(0), *late[:2], runs(5 * MS + 300), stops(5 * MS + 400), runs(9 * MS)]
+    assert found(replay(held), STUCK) == [(10 * MS, 0x31, MS)]
 
 
 # -- pins --------------------------------------------------------------------------------------------------------------

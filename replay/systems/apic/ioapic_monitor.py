@@ -175,7 +175,7 @@ class IoApicMonitor:
             self._storm(pin, w, t, seq)
         return self._outcome(pin, w, outcome, t, seq, "line still high: sent again as")
 
-    def remote_irr(self, number: int, value: int, t: int) -> None:
+    def remote_irr(self, number: int, value: int) -> None:
         """The recording states Remote IRR: it wins over the model (U4)."""
         pin = self.ioapic.pin(number)
         w = self.watch(number)

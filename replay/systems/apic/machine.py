@@ -74,7 +74,6 @@ class ApicMachine(Machine):
         self.monitor = LapicMonitor(sink, config.integer("nesting_limit"), config.integer("t_err_ns"))
         self.processors: dict[int, Processor] = {}
         self.by_serial: list[Processor] = []
-        self.on_cpu: dict[int, int] = {}  # which vCPU runs on a physical CPU, for taint
         self.started = False
         self.born: set[int] = set()  # domains created in the recording: their LAPICs start empty
         self.irr_coalesced = 0
@@ -140,10 +139,9 @@ class ApicMachine(Machine):
             if val != NIL and dom in self.ioapics:
                 self.ioapics[dom].handler_returned(obj, val)
         elif kind == RUN:
-            self.run(p, cpu)
+            self.run(p)
         elif kind == STOP:
             p.running = 0
-            self.on_cpu.pop(cpu, 0)
         elif kind == IDLE:
             self.idle(p)
         elif kind == TPR:
@@ -199,7 +197,7 @@ class ApicMachine(Machine):
         t = self.now
         self.monitor.delivering(p, vector, t, seq)
         p.lapic.deliver(vector)
-        p.requested_at.pop(vector, 0)
+        p.requested_at.pop(vector, None)
         p.frames.append((vector, t))
         p.recent.append((t, seq, vector))
         p.deliveries[vector] += 1
@@ -233,12 +231,11 @@ class ApicMachine(Machine):
             p.returned_at[vector] = self.now
             self.agenda.at(self.now + self.eoi_overdue_ns, SOFTWARE, EOI_LIMIT, p.serial, vector, p.generation)
 
-    def run(self, p: Processor, cpu: int) -> None:
-        """A vCPU starts to run on a CPU."""
+    def run(self, p: Processor) -> None:
+        """A vCPU starts to run."""
         if p.running != 1:
             p.deliverable_since = self.now
         p.running = 1
-        self.on_cpu[cpu] = p.key
 
     def idle(self, p: Processor) -> None:
         """U4: a halted vCPU is in no handler, so nothing unseen is in service."""
@@ -300,7 +297,7 @@ class ApicMachine(Machine):
         elif kind == IOAPIC_EOI:
             self.request(dom, self.ioapic(dom).acknowledged(obj, tgt, t, seq), seq)
         elif kind == IOAPIC_REMOTE_IRR:
-            self.ioapic(dom).remote_irr(obj, val, t)
+            self.ioapic(dom).remote_irr(obj, val)
         elif kind == IOAPIC_CHECK:
             self.ioapic(dom).check(t, self.in_flight(dom))
         elif kind == IOAPIC_STORM:
@@ -359,7 +356,9 @@ class ApicMachine(Machine):
             if b in p.lapic.isr and p.returned_at[b] == since and not any(v == b for v, _ in p.frames):
                 self.monitor.overdue(p, b, self.now, since)
         elif action == IRR_LIMIT:
-            self.irr_limit(p, b)
+            vector = b % VECTORS
+            if p.requested_at.get(vector) == b // VECTORS:  # a later request of it has a time-out of its own
+                self.irr_limit(p, vector)
         elif action == IRR_WATCH:
             self.irr_watch(p)
 
@@ -381,14 +380,16 @@ class ApicMachine(Machine):
         """Still requested: count only the time in which it could have been delivered."""
         if not p.lapic.irr >> vector & 1 or vector not in p.requested_at:
             return
-        since = max(p.requested_at[vector], p.deliverable_since)
+        asked = p.requested_at[vector]
+        again = asked * VECTORS + vector
+        since = max(asked, p.deliverable_since)
         if p.running == 1 and not p.blocked(vector) and p.lapic.tpr >= 0:
             if self.now - since >= self.irr_stuck_ns:
                 self.monitor.stuck(p, vector, self.now, since)
                 return
-            self.agenda.at(since + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, vector, p.generation)
+            self.agenda.at(since + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, again, p.generation)
             return
-        self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, vector, p.generation)
+        self.agenda.at(self.now + self.irr_stuck_ns, SOFTWARE, IRR_LIMIT, p.serial, again, p.generation)
 
     # -- ignorance ---------------------------------------------------------------------------------------------
 
@@ -397,7 +398,6 @@ class ApicMachine(Machine):
         for key, p in self.processors.items():
             if p.dom >= 0 or cpu in (NONE, NIL) or key == -1 - cpu:
                 p.forget()
-        self.on_cpu.clear()
         self.from_boot = False  # who has not appeared yet may have lost records as well
         self.born.clear()
         for ioapic in self.ioapics.values():
@@ -414,7 +414,7 @@ class ApicMachine(Machine):
             "eois_unmatched": self.monitor.unmatched,
             "irr_coalesced": self.irr_coalesced,
             "in_service_at_end": sum(len(p.lapic.isr) for p in self.processors.values()),
-            "max_nesting": max(self.monitor.max_nesting, min(delivered, 1)),
+            "max_nesting": self.monitor.max_nesting,
             "ioapic_sends": sum(x.sends for x in self.ioapics.values()),
             "level_redeliveries": sum(x.level_redeliveries for x in self.ioapics.values()),
             **self.hpet.metrics(),

@@ -82,13 +82,13 @@ class Lane:
     `vector` is the one requested last, or in service; `outer` the one below it in service (ASKED_AGAIN, NESTED).
     `asked`, `entered`, `outer_entered` and `ended` are the rows of the last request, deliveries and EOI taken here, -1
     for none; then the one time that matters is `kept`, from the registers. `rows` are deliveries and EOIs, the
-    last of them for the story. `whole`: runs of services may be taken. `learnt`: steps and vectors of which the rules
-    have seen an event since `generation` of the processor began, as step * VECTORS + vector.
+    last of them for the story. `learnt`: steps and vectors of which the rules have seen an event since `generation` of
+    the processor began, as step * VECTORS + vector.
     """
 
     __slots__ = (
         "asked", "ended", "entered", "eois", "generation", "kept", "key", "learnt", "outer", "outer_entered",
-        "processor", "rows", "state", "vector", "whole",
+        "processor", "rows", "state", "vector",
     )  # fmt: skip
 
     def __init__(self, key: int) -> None:
@@ -104,7 +104,6 @@ class Lane:
         self.entered: int = -1
         self.ended: int = -1
         self.rows: list[int] = []
-        self.whole: bool = True
         self.learnt: set[int] = set()
         self.generation: int = 0
 
@@ -280,8 +279,7 @@ class QuickApicMachine(ApicMachine):
     def serve(self, lane: Lane, run: int) -> bool:
         """A run of services, if this processor is calm; the registers are afterwards as before."""
         runs = self.runs
-        if runs is None or not lane.whole:
-            return False
+        assert runs is not None  # the step was planned with them
         if lane.state == SERVING:
             if self.monitor.nesting_limit < 2 or runs.deep[run] or runs.lowest[run] <= lane.vector >> 4:
                 return False
@@ -471,12 +469,6 @@ class QuickApicMachine(ApicMachine):
         self.restore(lane)
         super().fire(action, a, b, c)
         self.settle(lane)
-
-    def irr_limit(self, p: Processor, vector: int) -> None:
-        lane = self.lanes.get(p.key)
-        if lane is not None:
-            lane.whole = False  # the agenda may have an entry for one vector, which asks for it row by row
-        super().irr_limit(p, vector)
 
     def taint(self, cpu: int, t0: int, t1: int) -> None:
         self.no_more_short_cuts()
