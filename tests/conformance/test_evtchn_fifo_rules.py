@@ -396,6 +396,7 @@ def test_pending_unlinked_not_while_its_vcpu_handles_it() -> None:
     assert Guest(*acked, word(100, 5, PENDING)).end(90 * US).codes == []
     assert Guest(*acked, on(50, "upcall_end", 0), word(100, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     assert Guest(*acked, gap(50), word(100, 5, PENDING)).end(90 * US).codes == []  # some vCPU may be at it
+    assert Guest(on(0, "clear", 0, obj=5), word(100, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     handled_only = acked[:3]  # whether it was acked is not known
     assert Guest(*handled_only, word(100, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     unmapped = Guest(send(0, 5), init={"unmapped": [0]}).end(90 * US)
@@ -416,6 +417,7 @@ def test_lost_queue_change_after_three_attempts() -> None:
     assert Guest(*moves[1:], word(10, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     assert Guest(move(1, 5, 1), move(2, 5, 2), move(3, 5, 2), word(10, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     assert Guest(*moves, gap(5), word(10, 5, PENDING)).end(90 * US).codes == [UNLINKED]
+    assert Guest(on(0, "mask", 0, obj=5), gap(0), *moves[1:], word(10, 5, PENDING)).end(90 * US).codes == [UNLINKED]
     linked = [*moves, send(4, 5), word(10, 5, PENDING)]
     assert Guest(*linked).end(90 * US).codes == [UNLINKED]
     assert Guest(*linked[:4], move(5, 5, 1), move(6, 5, 2), linked[4]).end(90 * US).codes == [UNLINKED]

@@ -453,6 +453,15 @@ def test_short_cuts_do_what_the_rules_do() -> None:
     assert when(replay([*calm, *first]), STRANDED) == [30_030]
 
 
+@pytest.mark.parametrize("vcpu", [255, 256, 300, 511, 512])
+def test_guests_with_many_vcpus(vcpu: int) -> None:
+    events = [bind(9, vcpu), bind(65, vcpu % 256), *scan(0, vcpu), *scan(0, vcpu % 256)]
+    for t, port, where in ((1_000, 9, vcpu), (3_000, 65, vcpu % 256), (5_000, 9, vcpu), (7_000, 9, vcpu)):
+        events += [send(t, port), *scan(t + 200, where, port)]
+    run = replay(events)
+    assert (codes(run), run.metrics["handled"], run.metrics["spurious_upcalls"]) == ([], 4, 0)
+
+
 # -- closed runs -------------------------------------------------------------------------------------------------------
 
 
