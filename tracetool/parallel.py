@@ -96,10 +96,9 @@ def replay_systems(
         while waiting or working:
             while waiting and len(working) < jobs:
                 index = waiting.popleft()
-                pipe, process = start_child(
-                    _serve, dataset, plain, names[index], answers, progress is not None, jobs=jobs
-                )
+                pipe, process = start_child(_serve, dataset, plain, answers, progress is not None, jobs=jobs)
                 working[pipe] = (index, process)
+                _say(pipe, names[index])
             ready = set(wait(list(working)))
             for pipe in [pipe for pipe in working if pipe in ready]:
                 index, process = working[pipe]
@@ -114,6 +113,11 @@ def replay_systems(
                         progress(*answer)
                     continue
                 done[index] = answer
+                if waiting:  # a process that has started takes another: starting one takes about a second
+                    working[pipe] = (waiting.popleft(), process)
+                    _say(pipe, names[working[pipe][0]])
+                    continue
+                _say(pipe, None)
                 del working[pipe]
                 pipe.close()
                 process.join()
@@ -129,10 +133,14 @@ def replay_systems(
     return [done[index] for index in range(len(names))]  # type: ignore[misc]
 
 
-def _serve(
-    pipe: Connection, dataset: Dataset, settings: Settings, name: str, answers: Answers | None, talks: bool
-) -> None:
-    """One system, in a process of its own."""
+def _say(pipe: Connection, name: str | None) -> None:
+    """The next system for a process; one that has died is noticed when it is listened to."""
+    with suppress(OSError):
+        pipe.send(name)
+
+
+def _serve(pipe: Connection, dataset: Dataset, settings: Settings, answers: Answers | None, talks: bool) -> None:
+    """One system after the other, as they are named through the pipe, in a process of its own."""
     follow_parent()
     from tracetool.asked import choose
     from tracetool.replaying import replay_dataset  # which imports this module
@@ -140,15 +148,16 @@ def _serve(
     def tell(*said: Any) -> None:
         pipe.send(("progress", said))
 
-    answer: Records | BaseException
-    try:
-        policies = tuple(choose(choice.spec) if choice.spec else choice for choice in settings.policies)
-        asked = replace(settings, policies=policies, systems=(name,))
-        answer = replay_dataset(dataset, asked, tell if talks else None, answers=answers)
-    except Exception as error:
-        answer = error
-    with suppress(OSError):  # nobody listens any more
+    while (name := pipe.recv()) is not None:
+        answer: Records | BaseException
         try:
-            pipe.send(("done", answer))
-        except (TypeError, AttributeError, ValueError) as error:  # an exception that cannot travel
-            pipe.send(("done", RuntimeError(f"{type(answer).__name__}: {answer} ({error})")))
+            policies = tuple(choose(choice.spec) if choice.spec else choice for choice in settings.policies)
+            asked = replace(settings, policies=policies, systems=(name,))
+            answer = replay_dataset(dataset, asked, tell if talks else None, answers=answers)
+        except Exception as error:
+            answer = error
+        with suppress(OSError):  # nobody listens any more
+            try:
+                pipe.send(("done", answer))
+            except (TypeError, AttributeError, ValueError) as error:  # an exception that cannot travel
+                pipe.send(("done", RuntimeError(f"{type(answer).__name__}: {answer} ({error})")))
