@@ -17,11 +17,13 @@ __all__ = ["MODULES", "is_compiled", "mypyc_attr"]
 #: What mypyc compiles, as one group.
 MODULES: Final = (
     "replay/agenda.py",
+    "replay/effects.py",
     "replay/knowledge.py",
     "replay/sink.py",
     "replay/machine.py",
     "replay/hardware/lapic.py",
     "replay/hardware/evtchn_two_level.py",
+    "replay/hardware/ioapic.py",
     "replay/systems/apic/state.py",
     "replay/systems/apic/monitor.py",
     "replay/systems/apic/machine.py",
@@ -37,6 +39,13 @@ MODULES: Final = (
     "replay/systems/hpet_broadcast/machine.py",
     "replay/systems/hpet_broadcast/comparators.py",
     "replay/systems/hpet_broadcast/recorded.py",
+    "replay/systems/hpet_broadcast/sleeps.py",
+    "replay/systems/hvm_callback/vcpu.py",
+    "replay/systems/hvm_callback/state.py",
+    "replay/systems/hvm_callback/matching.py",
+    "replay/systems/hvm_callback/watchdog.py",
+    "replay/systems/hvm_callback/monitor.py",
+    "replay/systems/hvm_callback/machine.py",
 )
 
 T = TypeVar("T")
