@@ -177,6 +177,12 @@ class Forward:
         stream = self.streams[key]
         return stream.now if stream.at == (lo, hi) else stream.advance(lo, hi)
 
+    def release(self) -> None:
+        """Nobody asks for the same slice again."""
+        for stream in self.streams.values():
+            stream.now = stream.now.clear()
+            stream.at = (0, 0)
+
 
 def event(frame: pl.DataFrame, kind: str, raw_kind: str, **columns: Any) -> pl.DataFrame:
     """Canonical columns from a frame of records; `columns` are expressions, names of the frame's columns, or numbers.

@@ -19,7 +19,7 @@ FORMATS: Final = ("xentrace", "xenalyze", "xentrace_format")
 
 IDLE_DOMAIN: Final = 0x7FFF
 #: Records whose events are made together: with fewer it takes longer, with more it takes more memory.
-SLICE: Final = 1 << 20
+SLICE: Final = 640 << 10
 #: Facts by the first word of the kinds that make them void.
 _SYSTEM_OF: Final = {"hpet": "hpet", "via": "callback", "lapic": "apic"}
 
@@ -86,9 +86,11 @@ def _batches(
             frames.append(lost)
         frames.reverse()  # handed over from the end, so that nothing holds them any longer
         last = max((int(f["t_ns"].max() or 0) for f in frames if f.height and f is not lost), default=None)  # type: ignore[arg-type]
+        forward.release()
+        idle.ahead.release()
+        del lapics, callback, stock
         if last is None:
             continue
-        del lapics, stock
         table = assembler.push((frames.pop() for _ in range(len(frames))), last)
         if table is not None:
             yield table
