@@ -10,7 +10,8 @@ import pyarrow as pa
 from replay.bodies import Measured
 from replay.declare import Config
 from replay.driver import Run, run_machine
-from replay.events import events_from_json
+from replay.events import KIND_ID, NIL, NONE, events_from_json
+from replay.sink import Sink
 from replay.systems import SYSTEMS
 from replay.systems.vgic.calibration import effect, effect_fields, effect_object, effect_words
 from tests.conformance.pinned import measure
@@ -121,6 +122,23 @@ def test_edges_are_taken_and_handled_when_they_were() -> None:
     prompt = [ev(0, "phys_irq", obj=40), taken(0), loaded(0), *handled(10, 20), ev(30, "phys_irq", obj=40), taken(30),
               loaded(30), *handled(45, 50)]  # fmt: skip
     assert acks(what_if(prompt)) == [(10, 0, 40), (45, 0, 40)]
+
+
+def test_each_edge_is_logged_once() -> None:
+    """Taken later, coalesced, latched."""
+    events = [ONE[0], ev(100, "phys_irq", obj=40), *ONE[2:4], ev(500, "phys_irq", obj=40), *handled(900, 2_900),
+              taken(3_000)]  # fmt: skip
+    machine: Any = VGIC.make(VGIC.policies["merged"](), Config(VGIC.parameters), Sink(closed=True), "retimed")
+    machine.log, machine.measured = [], measured(events)
+    machine.load(machine.measured.init)
+    edges = [(n, e["t"]) for n, e in enumerate(events) if e["kind"] == "vgic.phys_irq"]
+    given = {"kind": KIND_ID["vgic.phys_irq"], "obj": 40, "val": NIL}
+    machine.consume(tuple({**given, "t_ns": t, "seq": n}.get(c, NONE) for c in machine.columns) for n, t in edges)
+    machine.finish(10_000)
+    assert [(t, obj) for kind, t, _, _, obj, _, _ in machine.log if kind == given["kind"]] == [
+        (0, 40), (100, 40), (500, 40),
+    ]  # fmt: skip
+    assert (machine.metrics()["coalesced"], machine.metrics()["arrivals"]) == (1, 2)
 
 
 def test_the_latched_edge_brings_its_own_body() -> None:
