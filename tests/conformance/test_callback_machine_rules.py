@@ -552,4 +552,3 @@ def test_the_first_body_has_all_its_entries() -> None:
     assert list(result.aids.entries) == [100, 900, 100, 900]
     columns = result.bodies.stock[1].columns
     assert (list(columns[FIRST]), list(columns[UNTIL])) == ([0, 2], [2, 4])
-

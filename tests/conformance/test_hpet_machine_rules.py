@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from replay.declare import Config
@@ -270,6 +271,53 @@ def in_full(events: Sequence[dict[str, Any]], cuts: Sequence[int], policy: str, 
         t_end=events[-1]["t"] + 500 * MS,
     )  # fmt: skip
     return run.metrics, sorted(map(repr, run.findings))
+
+
+def test_a_refused_move_names_an_owner_whose_exit_counts() -> None:
+    """A5, A8: cpu 1 owns channel 0 from the refusal until it leaves idle, for whatever reason."""
+    events = [
+        asleep(2, 0, 9 * MS), e(MS, "idle.exit", cpu=2, tgt=0),
+        e(2 * MS, "hpet.retarget", obj=0, tgt=1, val=0, cpu=0, flags=1), asleep(1, 3 * MS, MS),
+        e(4 * MS, "idle.exit", cpu=1, tgt=0), *handled(0, 2, 5 * MS),
+    ]  # fmt: skip
+    assert found(replayed(events), "hpet-wrong-cpu") == []
+    assert len(found(replayed([*events[:3], *events[5:]]), "hpet-wrong-cpu")) == 1
+
+
+def test_owners_that_are_known_from_before_are_released_by_sleeps_of_the_next_batch() -> None:
+    events = [
+        programmed(0, 0, 1, 1, 9 * MS), asleep(2, 1 * MS, 9 * MS), asleep(1, 2 * MS, 9 * MS),
+        e(4 * MS, "idle.exit", cpu=1, tgt=0), *handled(0, 2, 5 * MS),
+    ]  # fmt: skip
+    wrong = {len(events): 0, 3: 1}
+    for shown, count in wrong.items():
+        some = events if shown == len(events) else [*events[:3], *events[4:]]
+        for cuts in ([], [1]):
+            assert sum("hpet-wrong-cpu" in finding for finding in in_full(some, cuts, "current")[1]) == count
+
+
+def test_a_target_that_sleeps_quietly_sleeps() -> None:
+    """A6: the message went to the old target while the new one slept, whatever woke that afterwards."""
+    moved = [asleep(2, 0, 9 * MS), e(1 * MS, "hpet.retarget", obj=0, tgt=1, cpu=1), asleep(1, 1 * MS + 5 * US, 8 * MS)]
+    for woke, wrong in ((4 * MS, 1), (1_500 * US, 0)):
+        events = [*moved, *handled(0, 2, 2 * MS), e(woke, "idle.exit", cpu=1, tgt=0)]
+        assert len(found(replayed(events, stock=True), "hpet-wrong-cpu")) == wrong
+
+
+def test_the_first_nanosecond_is_a_deadline_in_recordings_too() -> None:
+    for deadline, missed in ((0, 0), (1, 1)):
+        events = [e(0, "idle.enter", cpu=0, val=deadline), e(3 * MS, "idle.exit", cpu=0, tgt=0)]
+        assert len(found(replayed(events), "hpet-missed-wakeup")) == missed
+
+
+def test_events_out_of_the_order_of_their_numbers_are_taken_one_by_one() -> None:
+    """`look` goes by the number of an event."""
+    table = events_from_json([asleep(3, 0, 9 * MS), e(MS, "idle.exit", cpu=3, tgt=0), *handled(0, 3, 4 * MS)])
+    at = table.schema.get_field_index("seq")
+    field = table.schema.field(at)
+    table = table.set_column(at, field, pa.array(range(len(table), 0, -1), field.type))
+    run = run_machine(HPET, "current", [table], config=Config(HPET.parameters), closed=False, from_boot=False)
+    assert run.metrics["handlers_on_awake_cpu"] == 1
 
 
 def test_quiet_sleeps_in_columns_say_what_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ class RecordedBroadcast(Machine):
         if not self.owners_unknown(batch) or not (seqs[1:] > seqs[:-1]).all():
             self.consume(batch.rows(self.columns))
             return
-        late_ns = min(self.slop_ns + self.exit_latency_ns, self.miss_ns - 1)
+        late_ns = min(self.slop_ns + self.exit_latency_ns, self.miss_ns)
         entries, exits = quiet_sleeps(kinds, times, cpus, batch.array("tgt"), batch.array("val"), late_ns)
         self.sleeps += len(entries)
         self.other_wakes += len(entries)
@@ -185,9 +185,7 @@ class RecordedBroadcast(Machine):
         refused = (kinds == RETARGET) & (batch.array("flags") & REFUSED != 0)
         if self.fixed_owners or comparators.owner or comparators.joined or comparators.choices:
             return False
-        if ((kinds == PROGRAM) | (kinds == LOST) | refused).any():
-            return False
-        return all(ch.owner == NONE for ch in self.channels.values())
+        return not ((kinds == PROGRAM) | (kinds == LOST) | refused).any()
 
     def look(self, p: _Cpu, seq: int) -> None:
         """How a CPU is before the event `seq`, if its last move then was of a quiet sleep."""
@@ -326,7 +324,6 @@ class RecordedBroadcast(Machine):
     def exit(self, p: _Cpu, obj: int, reason: int, seq: int) -> None:
         """A CPU woke, by its own channel, by another CPU's handler, or by something else."""
         self.look(p, seq)
-        p.known = seq
         if reason == BY_HPET:
             self.own_wakes += 1
         elif reason == BY_BROADCAST:
