@@ -53,7 +53,7 @@ EVENT_GROUP: Final = 64 << 10
 BATCH_ROWS: Final = 64 << 10
 #: Bytes of all tables together that may wait for a row group. Each row group costs memory until the end (0.84 KB a
 #: column), so in a long recording more may wait: this much for each row, up to the last.
-PENDING_BYTES, PENDING_OF_ROW, MOST_PENDING = 26 << 20, 0.4, 56 << 20
+PENDING_BYTES, PENDING_OF_ROW, MOST_PENDING = 22 << 20, 0.4, 56 << 20
 #: Columns that grow so steadily that nothing is left to compress in their differences.
 STEADY_COLUMNS: Final = frozenset({"seq", "t_ns", "tsc", "offset", "src_seq", "origin.offset"})
 #: Columns in which rows are looked for: the file tells their range in each row group.
