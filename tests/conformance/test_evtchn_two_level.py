@@ -212,7 +212,7 @@ def words(t: int) -> list[Event]:
 def test_snapshots_with_something_between(between: Event) -> None:
     assert when(replay([*HIDDEN, *words(20 * US), *words(40 * US)], known=False), STRANDED) == [40 * US]
     bound: Event = (31 * US, "evtchn.bind", {"obj": 65, "tgt": 0})
-    more = [between, bound] if between[1] == "trace.lost" else [between]
+    more = [between, bound, unmask(32 * US, 0, 65)] if between[1] == "trace.lost" else [between]
     run = replay([*HIDDEN, *words(20 * US), *more, *words(40 * US)], known=False)
     assert when(run, STRANDED) == ([40 * US] if between[1] == "evtchn.unmask" else [])
     both = [mask(30 * US, 0, 65), unmask(31 * US, 0, 65)]
@@ -427,6 +427,19 @@ def test_a_time_of_zero() -> None:
                        strand_ns=0), STRANDED) == []  # fmt: skip
 
 
+def test_a_time_of_zero_in_batches() -> None:
+    """Batches that begin while something is due already."""
+    events = [bind(65), send(0, 65), rebind(0, 65, 2), bind(70), send(0, 65),
+              on(1, "evtchn.clear", 2, obj=65), send(3, 70)]  # fmt: skip
+    table = events_from_json([{"t": t, "kind": kind, **fields} for t, kind, fields in events])
+    for cut in range(len(events) + 1):
+        run = run_machine(
+            SYSTEM, "current", [table.slice(0, cut), table.slice(cut)],
+            config=Config(SYSTEM.parameters, {"strand_ns": 0}), closed=False, t_end=20 * MS, from_boot=True,
+        )  # fmt: skip
+        assert when(run, STRANDED) == [0]
+
+
 def test_short_cuts_do_what_the_rules_do() -> None:
     """`replay` compares with the machine that has none: everything is known, and every port has had a life."""
     calm: list[Event] = [on(0, "sched.run", 0, cpu=0)]
@@ -443,6 +456,9 @@ def test_short_cuts_do_what_the_rules_do() -> None:
         ("port 65 pending", 20_000), ("selector bit 1 set on vcpu0", 20_000),
     ]  # fmt: skip
     assert found.cause == WRONG
+    unknown = [rebind(20_000, 70), send(20_100, 70), on(20_200, "evtchn.clear", 0, obj=70), send(20_300, 65),
+               blocks(20_400)]  # fmt: skip
+    assert when(replay([*calm, *unknown]), BLOCK) == []  # the selector bit may have been set, and the upcall taken
     nested = [send(20_000, 9), on(20_100, "evtchn.upcall", 0), on(20_200, "evtchn.upcall", 0),
               on(20_300, "evtchn.upcall_end", 0), send(20_400, 64), on(20_500, "evtchn.upcall_end", 0)]  # fmt: skip
     assert replay([*calm, *nested, snap(21_000, SNAP_SEL, 0)]).metrics["samples_disagree.selector"] == 0
@@ -458,7 +474,7 @@ def test_guests_with_many_vcpus(vcpu: int) -> None:
     events = [bind(9, vcpu), bind(65, vcpu % 256), *scan(0, vcpu), *scan(0, vcpu % 256)]
     for t, port, where in ((1_000, 9, vcpu), (3_000, 65, vcpu % 256), (5_000, 9, vcpu), (7_000, 9, vcpu)):
         events += [send(t, port), *scan(t + 200, where, port)]
-    run = replay(events)
+    run = replay([*events, blocks(9_000, vcpu), blocks(9_000, vcpu % 256)])
     assert (codes(run), run.metrics["handled"], run.metrics["spurious_upcalls"]) == ([], 4, 0)
 
 
