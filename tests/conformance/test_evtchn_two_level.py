@@ -212,7 +212,7 @@ def words(t: int) -> list[Event]:
 def test_snapshots_with_something_between(between: Event) -> None:
     assert when(replay([*HIDDEN, *words(20 * US), *words(40 * US)], known=False), STRANDED) == [40 * US]
     bound: Event = (31 * US, "evtchn.bind", {"obj": 65, "tgt": 0})
-    more = [between, bound, unmask(32 * US, 0, 65)] if between[1] == "trace.lost" else [between]
+    more = [between, bound, unmask(32 * US, 0, 65), blocks(33 * US)] if between[1] == "trace.lost" else [between]
     run = replay([*HIDDEN, *words(20 * US), *more, *words(40 * US)], known=False)
     assert when(run, STRANDED) == ([40 * US] if between[1] == "evtchn.unmask" else [])
     both = [mask(30 * US, 0, 65), unmask(31 * US, 0, 65)]
