@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.mutate import Mutant, judge, mutants_of, mutated, run_sample, score_text
+from bench.mutate import Mutant, Text, described, judge, mutants_of, mutated, run_sample, score_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ROOT / "replay" / "systems"
@@ -52,9 +52,10 @@ def test_dropped_hooks_and_turned_guards_are_caught(
 
 
 def test_not_everything_is_called_caught() -> None:
-    """A hook that every policy overrides does nothing; and a change of nothing is equivalent."""
-    path = SYSTEMS / "vgic" / "policies.py"
-    assert judge(in_function("vgic", path, "Policy.on_itargets", "drop"), LIMIT) == ("survived", "")
+    """A counter that is only compared with itself may start anywhere; and a change of nothing is equivalent."""
+    counts = [m for m in mutants_of("hpet", SYSTEMS / "hpet_broadcast" / "state.py") if m.operator == "constant"]
+    same = next(m for m in counts if described(m) == Text("Channel.__init__", "self.gen = 0", "self.gen = 1"))
+    assert judge(same, LIMIT) == ("survived", "")
     nothing = Mutant("gic", "replay/systems/gic/machine.py", "compare", 10_000, 0)  # there is no such place
     assert judge(nothing, LIMIT) == ("equivalent", "same code")
 
