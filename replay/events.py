@@ -229,9 +229,11 @@ _STRIDE: Final = 4096
 
 
 def _kinds(column: pa.ChunkedArray) -> Any:
-    """KIND_ID of a dictionary column, as an array. KeyError for a name that is none."""
+    """KIND_ID of a column of names, as an array. KeyError for a name that is none."""
     parts = [np.empty(0, np.uint8)]
     for chunk in column.chunks:
+        if not isinstance(chunk, pa.DictionaryArray):
+            chunk = chunk.dictionary_encode()
         ids = np.array([KIND_ID[name] for name in chunk.dictionary.to_pylist()], np.uint8)
         parts.append(ids[chunk.indices.to_numpy()])
     return np.concatenate(parts)
