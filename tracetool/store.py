@@ -20,7 +20,7 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -366,6 +366,15 @@ class DatasetWriter:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _are(column: pa.ChunkedArray, names: Collection[str]) -> Any:
+    """Which rows of a dictionary column are one of `names`, as an array of booleans."""
+    parts = [np.zeros(0, bool)]
+    for chunk in column.chunks:
+        wanted = np.array([name in names for name in chunk.dictionary.to_pylist()], bool)
+        parts.append(wanted[chunk.indices.to_numpy()])
+    return np.concatenate(parts)
+
+
 def _overlaps(group: Any, lo: int, hi: int | None) -> bool:
     """Whether a row group may have a `seq` in [lo, hi); that is the first column of every record table."""
     known = group.column(0).statistics if group.num_columns else None
@@ -508,11 +517,11 @@ class Dataset:
         file = pq.ParquetFile(self.path / "events.parquet")
         wanted = sorted({*columns, "kind", "t_ns"})
         for group in range(file.num_row_groups):
-            frame = pl.from_arrow(file.read_row_group(group, columns=wanted))
-            assert isinstance(frame, pl.DataFrame)
-            chosen = frame.filter(pl.col("kind").cast(pl.String).is_in(kinds))
-            for start in range(0, chosen.height, BATCH_ROWS):
-                yield chosen[start : start + BATCH_ROWS].to_arrow()
+            table = file.read_row_group(group, columns=wanted, use_threads=False)
+            mask = _are(table["kind"], set(kinds))
+            chosen = table if mask.all() else table.filter(pa.array(mask))
+            for start in range(0, chosen.num_rows, BATCH_ROWS):
+                yield chosen.slice(start, BATCH_ROWS)
 
     def events_of(self, seqs: Iterable[int], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Canonical events of these numbers, `seq` and some columns; only row groups that have one are read."""
@@ -526,7 +535,7 @@ class Dataset:
                 first, last = np.searchsorted(wanted, np.array([known.min, known.max + 1], np.uint64))
                 mine = wanted[first:last]
             if len(mine):
-                table = file.read_row_group(group, columns=["seq", *columns])
+                table = file.read_row_group(group, columns=["seq", *columns], use_threads=False)
                 numbers = table["seq"].to_numpy()  # they ascend, and none comes twice
                 rows = np.minimum(np.searchsorted(numbers, mine), len(numbers) - 1)
                 frame = pl.from_arrow(table.take(rows[numbers[rows] == mine]))
