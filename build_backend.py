@@ -33,8 +33,8 @@ __all__ = [
 
 HERE: Final = Path(__file__).resolve().parent
 REQUIRES: Final = ["mypy[mypyc]>=1.11"]
-#: -O1, and one C file for each module: the compiler needs seconds and little memory for each.
-OPT_LEVEL: Final = os.environ.get("MYPYC_OPT_LEVEL", "1")
+#: -O2, and one C file for each module: the compiler needs seconds and little memory for each.
+OPT_LEVEL: Final = os.environ.get("MYPYC_OPT_LEVEL", "2")
 
 #: While a wheel is built: where C files go, relative to setup.py (setuptools refuses anything else). None: setup.py
 #: compiles nothing.

@@ -226,7 +226,7 @@ def build(folder: Path, modules: Iterable[str] = (*MODULES, "bench/prototype.py"
     done = subprocess.run(
         [str(program), "--ignore-missing-imports", *modules],
         cwd=folder, capture_output=True, text=True, check=False,
-        env={**os.environ, "MYPYC_OPT_LEVEL": "1", "MYPYC_MULTI_FILE": "1", "MYPYC_DEBUG_LEVEL": "0"},
+        env={**os.environ, "MYPYC_OPT_LEVEL": "2", "MYPYC_MULTI_FILE": "1", "MYPYC_DEBUG_LEVEL": "0"},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"mypyc: {done.stdout[-4000:]}{done.stderr[-2000:]}")

@@ -24,7 +24,7 @@ def prepare(command: str = "") -> None:
     if command != "query":  # all else looks at some rows at a time, where threads mostly wait for each other
         os.environ.setdefault("POLARS_MAX_THREADS", "1")
     # Imports and findings are many objects without a cycle: looking for cycles as often as usual takes a tenth of them.
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(1_000_000, 20, 100)
 
 
 def main() -> NoReturn:
