@@ -84,6 +84,23 @@ def test_events_of_no_known_cpu_belong_to_none(policy: str) -> None:
     assert (told(run), run.effects, run.metrics["hpet_irqs"]) == ([], [(2 * MS + 2, 1)], 1)
 
 
+@pytest.mark.parametrize("policy", ALL)
+def test_rows_and_columns_predict_the_same(policy: str) -> None:
+    """A batch with an event of no known CPU goes row by row: breaks and vectors in service too."""
+    draw = random.Random(policy)
+    for _ in range(20):
+        out, t = [], 0
+        for _ in range(60):
+            t += draw.choice((0, 3 * US, 40 * US, 300 * US))
+            cpu, vector = draw.randrange(3), draw.choice((0xF8, 0x59))
+            kind = draw.choice(("idle.enter", "idle.enter", "idle.exit", "idle.break", "isr.begin", "isr.end"))
+            more = {"idle.enter": {"val": t + draw.choice((20 * US, MS))}, "isr.begin": {"obj": vector},
+                    "isr.end": {"obj": vector}}.get(kind, {})  # fmt: skip
+            out.append(e(t, kind, cpu=cpu, **more))
+        columns, rows = in_batches(out, [], policy), in_batches([e(0, "idle.break", cpu=-1), *out], [], policy)
+        assert (columns.effects, told(columns), columns.metrics) == (rows.effects, told(rows), rows.metrics)
+
+
 def test_one_nanosecond_is_a_deadline_on_a_cpu_beyond_the_declared_ones_too() -> None:
     run = predicted([e(0, "idle.enter", cpu=7, val=1), asleep(0, 1, MS)])
     assert run.effects == [(20 * US, 7), (MS + 1, 0)]

@@ -222,12 +222,9 @@ class Proposed(BroadcastPolicy):
 
     def on_owner_exit(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """B6: wake everybody on the list, disarm, give the channel up."""
-        sleepers = channel.members
-        channel.members = 0
         self.release(m, channel)
-        if sleepers:
-            for index in _members(sleepers):
-                m.wake_by_ipi(m.cpus[index])
+        for index in _members(channel.members):  # each leaves the list as it wakes
+            m.wake_by_ipi(m.cpus[index])
 
     def release(self, m: HpetBroadcast, channel: Channel) -> None:
         """B6: disarmed and free."""
