@@ -44,7 +44,7 @@ ROW_GROUP: Final = 512 << 10
 WRITE_ROWS: Final = 32 << 10
 #: Freed memory between what stays is given back each so many times that rows, or events, are written: it has to be
 #: taken anew, a fault a page.
-GIVE_BACK_EVERY, GIVE_BACK_EVENTS = 16, 4
+GIVE_BACK_EVERY, GIVE_BACK_EVENTS = 64, 16
 #: Bytes of new rows after which it is decided what is written and what waits.
 FRESH_BYTES: Final = 20 << 20
 #: Rows of a row group of canonical events, which are wide.

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from replay.binding import xentrace_hpet, xentrace_hvm, xentrace_instrumented, xentrace_via
 from replay.binding.base import Assembler, Bound, Context, Forward, Records, event, lost_events, slices
+from replay.binding.rows import chosen
 from replay.coverage import Observation
 
 __all__ = ["FORMATS", "bind"]
@@ -106,7 +107,7 @@ def _runstates(records: Forward, lo: int, hi: int) -> Iterator[pl.DataFrame]:
     if name not in records.tables():
         return
     frame = records.read(name, lo, hi, (*xentrace_hvm.KEEP, *xentrace_hvm.RUNSTATE))
-    frame = frame.filter(pl.col("dom") != IDLE_DOMAIN)
+    frame = chosen(frame, frame["dom"] != IDLE_DOMAIN)
     who = {"dom": "dom", "vcpu": "vcpu"}
-    yield event(frame.filter(pl.col("new_state") == 0), "sched.run", name, **who)
-    yield event(frame.filter(pl.col("old_state") == 0), "sched.stop", name, **who, val="new_state")
+    yield event(chosen(frame, frame["new_state"] == 0), "sched.run", name, **who)
+    yield event(chosen(frame, frame["old_state"] == 0), "sched.stop", name, **who, val="new_state")

@@ -16,6 +16,7 @@ from typing import Any, Final
 import polars as pl
 
 from replay.binding.base import Context, Forward, Records, event, slices
+from replay.binding.rows import chosen, last_of_each, numbered, renamed
 from replay.coverage import Observation
 
 __all__ = ["REASONS", "Binder", "Survey", "survey"]
@@ -225,18 +226,16 @@ class Binder:
             ns = (ticks.cast(pl.Float64) / self.ticks_per_ns).cast(pl.Int64)
             return pl.col("t_ns") - pl.when(ns < LONGEST_HANDLER_NS).then(ns).otherwise(0)
 
-        channel = pl.col("irq").replace_strict(
-            list(self.found.channels), list(self.found.channels.values()), default=None, return_dtype=pl.Int64
-        ) if self.found.channels else pl.lit(None, pl.Int64)  # fmt: skip
-        return frame.with_columns(begin=back("tsc_in"), end=back("tsc_out"), channel=channel).with_columns(
-            begin=pl.min_horizontal("begin", "end")
-        )
+        channel = numbered(frame["irq"], self.found.channels).alias("channel")
+        return frame.with_columns(
+            begin=pl.min_horizontal(back("tsc_in"), back("tsc_out")), end=back("tsc_out")
+        ).with_columns(channel)
 
     def _handler_events(self, handlers: pl.DataFrame | None) -> Iterator[pl.DataFrame]:
         if handlers is None:
             return
         conf = self.found.observed.get("hpet.handler.begin", Observation(50, "")).conf
-        hpet = handlers.filter(pl.col("channel").is_not_null())
+        hpet = chosen(handlers, handlers["channel"].is_not_null())
         yield event(
             hpet, "hpet.handler.begin", _HANDLED,
             t_ns="begin", obj="channel", val="irq", conf=conf, rank=-1,
@@ -250,11 +249,9 @@ class Binder:
         self, entries: pl.DataFrame, exits: pl.DataFrame, handlers: pl.DataFrame | None, lo: int, hi: int
     ) -> Iterator[pl.DataFrame]:
         """idle.exit with its reason, and idle.break for exits that neither the HPET nor a broadcast explains."""
-        opened = entries.select("seq", "cpu", entered="t_ns", expected="expected_us")
-        if self.open_entries is not None:
-            opened = pl.concat([self.open_entries, opened])
-        opened = opened.sort("seq")
-        self.open_entries = opened.group_by("cpu", maintain_order=True).last().select(opened.columns)
+        fresh = renamed(entries, "seq", "cpu", entered="t_ns", expected="expected_us")
+        opened = self._carry(self.open_entries, fresh)
+        self.open_entries = last_of_each(opened, "cpu")
         frame = exits.join_asof(opened, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         frame = frame.with_columns(deadline=self._deadline("entered", "expected"))
         frame = self._own_handler(frame, handlers)
@@ -274,26 +271,28 @@ class Binder:
             frame, "idle.exit", _EXIT,
             val=packed, tgt="reason", obj=pl.coalesce("own_channel", "own_irq", "remote_channel"), conf=50,
         )  # fmt: skip
-        broken = frame.filter(pl.col("slept") & ~pl.col("reason").is_in([REASONS["hpet"], REASONS["broadcast"]]))
+        explained = (frame["reason"] == REASONS["hpet"]) | (frame["reason"] == REASONS["broadcast"])
+        broken = chosen(frame, frame["slept"] & ~explained)
         yield event(broken, "idle.break", _EXIT, obj="own_irq", tgt="reason", conf=50, rank=-1)
 
     def _carry(self, kept: pl.DataFrame | None, fresh: pl.DataFrame) -> pl.DataFrame:
-        return fresh if kept is None else pl.concat([kept, fresh]).sort("seq")
+        """Rows of the slices before, and after them those of this one."""
+        return fresh if kept is None else pl.concat([kept, fresh])
 
     def _own_handler(self, frame: pl.DataFrame, handlers: pl.DataFrame | None) -> pl.DataFrame:
         """The last handler on this CPU since it went to sleep, right before the exit record."""
         nothing = pl.lit(None, pl.Int64)
         if handlers is None:
             return frame.with_columns(own_channel=nothing, own_irq=nothing)
-        fresh = handlers.select("seq", "cpu", own_end="end", own_begin="begin", h_irq="irq", h_channel="channel")
+        fresh = renamed(handlers, "seq", "cpu", own_end="end", own_begin="begin", h_irq="irq", h_channel="channel")
         pool = self._carry(self.recent_handlers, fresh)
-        self.recent_handlers = pool.group_by("cpu", maintain_order=True).tail(4).select(pool.columns).sort("seq")
-        joined = frame.sort("seq").join_asof(pool, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+        self.recent_handlers = last_of_each(pool, "cpu")
+        joined = frame.join_asof(pool, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         woke = (pl.col("own_begin") >= pl.col("entered")) & (pl.col("t_ns") - pl.col("own_end") < WAKE_WINDOW_NS)
         return joined.with_columns(
             own_channel=pl.when(woke).then(pl.col("h_channel")),
             own_irq=pl.when(woke & pl.col("h_channel").is_null()).then(pl.col("h_irq").cast(pl.Int64)),
-        ).drop("own_end", "own_begin", "h_irq", "h_channel")
+        )
 
     def _remote_handler(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:
         """A broadcast handler on another CPU that ran when this CPU was due, shortly before it woke."""
@@ -304,10 +303,10 @@ class Binder:
         handlers = self._handlers(lo + LOOK_AHEAD if lo else 0, hi + LOOK_AHEAD, self.ahead)
         if handlers is None:
             return nobody
-        fresh = handlers.filter(pl.col("channel").is_not_null())
-        remote = fresh.select(r_seq="seq", r_begin="begin", r_cpu="cpu", r_channel="channel")
-        remote = (remote if self.broadcasts is None else pl.concat([self.broadcasts, remote])).sort("r_begin")
-        self.broadcasts = remote.tail(KEPT_HANDLERS + remote.filter(pl.col("r_seq") >= hi).height)
+        fresh = chosen(handlers, handlers["channel"].is_not_null())
+        remote = renamed(fresh, r_seq="seq", r_begin="begin", r_cpu="cpu", r_channel="channel")
+        remote = self._carry(self.broadcasts, remote).sort("r_begin")
+        self.broadcasts = remote.tail(KEPT_HANDLERS + int((remote["r_seq"] >= hi).sum()))
         joined = frame.sort("t_ns").join_asof(remote, left_on="t_ns", right_on="r_begin", strategy="backward")
         woke = (
             (pl.col("r_cpu") != pl.col("cpu"))
@@ -315,24 +314,20 @@ class Binder:
             & (pl.col("t_ns") - pl.col("r_begin") < REMOTE_WAKE_NS)
             & (pl.col("r_begin") >= pl.col("deadline") - DUE_SLACK_NS)
         )
-        return (
-            joined.with_columns(remote_channel=pl.when(woke).then(pl.col("r_channel")))
-            .drop("r_seq", "r_begin", "r_cpu", "r_channel")
-            .sort("seq")
-        )
+        return joined.with_columns(remote_channel=pl.when(woke).then(pl.col("r_channel"))).sort("seq")
 
     def _cleanup(self, frame: pl.DataFrame, lo: int, hi: int) -> pl.DataFrame:
         """IRQ_MOVE_CLEANUP since the CPU went to sleep: an IPI of the interrupt migration."""
         fresh = self._read(_CLEANUP, lo, hi)
         if fresh is None:
             return frame.with_columns(cleanup=pl.lit(None, pl.Int64))
-        pool = self._carry(self.recent_cleanups, fresh.select("seq", "cpu", c_t="t_ns"))
-        self.recent_cleanups = pool.group_by("cpu", maintain_order=True).last().select(pool.columns).sort("seq")
-        joined = frame.sort("seq").join_asof(pool, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+        pool = self._carry(self.recent_cleanups, renamed(fresh, "seq", "cpu", c_t="t_ns"))
+        self.recent_cleanups = last_of_each(pool, "cpu")
+        joined = frame.join_asof(pool, on="seq", by="cpu", strategy="backward", check_sortedness=False)
         return joined.with_columns(
             cleanup=pl.when((pl.col("c_t") >= pl.col("entered")) & (pl.col("t_ns") - pl.col("c_t") < WAKE_WINDOW_NS))
             .then(pl.col("c_t"))
-        ).drop("c_t")  # fmt: skip
+        )  # fmt: skip
 
     def _retargets(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """Where a channel's interrupt is pointed: the lowest CPU of the assigned mask."""
@@ -341,26 +336,19 @@ class Binder:
         frame = self._read(_ASSIGN, lo, hi, "irq", "vector", "cpumask0", "cpumask1", "cpumask2")
         if frame is None:
             return
-        frame = frame.filter(pl.col("irq").is_in(list(self.found.channels)))
+        frame = frame.with_columns(numbered(frame["irq"], self.found.channels).alias("channel"))
+        frame = chosen(frame, frame["channel"].is_not_null())
 
         def lowest(name: str, base: int) -> pl.Expr:
             mask = pl.col(name).cast(pl.UInt64)
             return pl.when(mask != 0).then((mask.bitwise_trailing_zeros().cast(pl.Int32)) + base)
 
-        channel = pl.col("irq").replace_strict(
-            list(self.found.channels), list(self.found.channels.values()), return_dtype=pl.Int64
-        )
-        frame = frame.with_columns(
-            channel=channel,
-            target=pl.coalesce(lowest("cpumask0", 0), lowest("cpumask1", 64), lowest("cpumask2", 128)),
-        )
-        pool = frame.select("seq", "channel", "target")
-        if self.targets is not None:
-            pool = pl.concat([self.targets, pool])
-        pool = pool.sort("seq").with_columns(old=pl.col("target").shift(1).over("channel"))
-        last = pool.group_by("channel", maintain_order=True).last()
-        self.targets = last.select("seq", "channel", "target").sort("seq")
-        frame = frame.join(pool.select("seq", "channel", "old"), on=["seq", "channel"], how="left")
+        target = pl.coalesce(lowest("cpumask0", 0), lowest("cpumask1", 64), lowest("cpumask2", 128))
+        frame = frame.with_columns(target=target)
+        pool = self._carry(self.targets, frame[["seq", "channel", "target"]])
+        self.targets = last_of_each(pool, "channel")
+        old = pool.select(pl.col("target").shift(1).over("channel")).to_series()
+        frame = frame.with_columns(old.tail(frame.height).alias("old"))
         yield event(
             frame, "hpet.retarget", _ASSIGN,
             obj="channel", tgt="target", val="old", val2="vector", conf=80,

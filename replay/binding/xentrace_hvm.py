@@ -14,6 +14,7 @@ from typing import Any, Final
 import polars as pl
 
 from replay.binding.base import Forward, Records, event
+from replay.binding.rows import chosen, last_of_each, renamed
 from replay.coverage import Observation
 
 __all__ = ["KEEP", "RUNSTATE", "Binder", "Survey", "survey"]
@@ -105,7 +106,7 @@ class Binder:
             )  # fmt: skip
         halts = self._read("TRC_HVM_HLT", lo, hi, "runnable")
         if halts is not None:
-            asleep = halts.filter(pl.col("runnable").cast(pl.Int8) == 0)
+            asleep = chosen(halts, halts["runnable"].cast(pl.Int8) == 0)
             yield event(
                 self._who(asleep, switches), "lapic.idle", "TRC_HVM_HLT",
                 dom="dom", vcpu="vcpu", conf=80,
@@ -121,18 +122,18 @@ class Binder:
         parts = [self.running]
         runstates = self._read("TRC_SCHED_RUNSTATE_CHANGE", lo, hi, *RUNSTATE)
         if runstates is not None:
-            parts.append(runstates.filter(pl.col("new_state") == 0).select("seq", "cpu", "dom", "vcpu"))
+            parts.append(chosen(runstates[list(self.running.columns)], runstates["new_state"] == 0))
         continued = self._read("TRC_SCHED_CONTINUE_RUNNING", lo, hi, "dom", "vcpu")
         if continued is not None:
-            parts.append(continued.select("seq", "cpu", "dom", "vcpu"))
+            parts.append(continued[list(self.running.columns)])
         if runstates is None:
             switched = self._read("TRC_SCHED_SWITCH", lo, hi, "next_dom", "next_unit")
             if switched is not None:
-                parts.append(switched.select("seq", "cpu", dom=pl.col("next_dom"), vcpu=pl.col("next_unit")))
+                parts.append(renamed(switched, "seq", "cpu", dom="next_dom", vcpu="next_unit"))
         schema = self.running.schema
-        all_of = pl.concat([p.select(pl.col(n).cast(t) for n, t in schema.items()) for p in parts]).sort("seq")
-        self.running = all_of.group_by("cpu", maintain_order=True).last().select(list(schema)).sort("seq")
-        return all_of
+        switches = pl.concat([p if p.schema == schema else p.cast(schema) for p in parts]).sort("seq")
+        self.running = last_of_each(switches, "cpu")
+        return switches
 
     def _who(self, frame: pl.DataFrame, switches: pl.DataFrame) -> pl.DataFrame:
         """Add dom and vcpu; records of which nobody is known are dropped, they belong to no LAPIC."""
@@ -141,7 +142,7 @@ class Binder:
         if not frame["seq"].is_sorted():
             frame = frame.sort("seq")
         joined = frame.join_asof(switches, on="seq", by="cpu", strategy="backward", check_sortedness=False)
-        return joined.filter(pl.col("dom").is_not_null() & (pl.col("dom") < 0x7FF0))
+        return chosen(joined, joined["dom"] < 0x7FF0)
 
     def _created(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         """A domain that is created in the recording starts with empty LAPICs."""
@@ -153,7 +154,7 @@ class Binder:
         frame = self._read(_INJ, lo, hi, "vector")
         if frame is None:
             return
-        frame = frame.filter(~pl.col("vector").is_in(list(self.found.callback_vectors)))
+        frame = chosen(frame, ~frame["vector"].is_in(list(self.found.callback_vectors)))
         frame = self._without_pic(frame, lo, hi)
         yield event(
             self._who(frame, switches), "lapic.deliver", _INJ,
@@ -166,29 +167,29 @@ class Binder:
         entries = self._read("TRC_HVM_VMENTRY", lo, hi)
         if acks is None:
             return frame
-        acks = pl.concat([self.acknowledged, acks.select("seq", "cpu")]).sort("seq")
-        injected = frame.group_by("cpu").agg(last=pl.col("seq").max())
-        open_acks = acks.join(injected, on="cpu", how="left").filter(pl.col("seq") > pl.col("last").fill_null(0))
-        self.acknowledged = open_acks.group_by("cpu", maintain_order=True).last().select("seq", "cpu").sort("seq")
-        frame = frame.sort("seq").join_asof(
-            acks.with_columns(ack=pl.col("seq")), on="seq", by="cpu", strategy="backward", check_sortedness=False
+        acks = pl.concat([self.acknowledged, acks[["seq", "cpu"]]])
+        injected = renamed(last_of_each(frame, "cpu"), "cpu", last="seq")
+        last = last_of_each(acks, "cpu").join(injected, on="cpu", how="left", maintain_order="left")
+        self.acknowledged = chosen(last[["seq", "cpu"]], last["seq"] > last["last"].fill_null(0))
+        frame = frame.join_asof(
+            renamed(acks, "seq", "cpu", ack="seq"), on="seq", by="cpu", strategy="backward", check_sortedness=False
         )
-        first = pl.col("seq") == pl.col("seq").min().over("cpu", "ack")
-        if entries is None:
-            return frame.filter(~(pl.col("ack").is_not_null() & first)).drop("ack")
-        entries = pl.concat([self.entered, entries.select("seq", "cpu", entry=pl.col("seq"))]).sort("seq")
-        self.entered = entries.group_by("cpu", maintain_order=True).last().select(entries.columns).sort("seq")
-        frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward", check_sortedness=False)
-        from_pic = pl.col("ack").is_not_null() & first & (pl.col("entry").is_null() | (pl.col("ack") > pl.col("entry")))
-        return frame.filter(~from_pic).drop("ack", "entry")
+        # Only the first injection after an INTACK can be its own.
+        from_pic = frame["ack"].is_not_null() & frame["ack"].is_first_distinct()
+        if entries is not None:
+            entries = pl.concat([self.entered, renamed(entries, "seq", "cpu", entry="seq")])
+            self.entered = last_of_each(entries, "cpu")
+            frame = frame.join_asof(entries, on="seq", by="cpu", strategy="backward", check_sortedness=False)
+            from_pic &= frame["entry"].is_null() | (frame["ack"] > frame["entry"])
+        return chosen(frame, ~from_pic)
 
     def _eois(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         msr = self._read("TRC_HVM_MSR_WRITE", lo, hi, "msr", "value")
         if msr is not None:
-            yield msr.filter(pl.col("msr") == X2APIC_EOI)
+            yield chosen(msr, msr["msr"] == X2APIC_EOI)
         mmio = self._read("TRC_HVM_IOMEM_WRITE", lo, hi, "gpa", "data")
         if mmio is not None:
-            yield mmio.filter(pl.col("gpa") == LAPIC_EOI)
+            yield chosen(mmio, mmio["gpa"] == LAPIC_EOI)
         fast = self._read("TRC_HVM_VLAPIC", lo, hi)
         if fast is not None:
             yield fast
@@ -196,10 +197,10 @@ class Binder:
     def _tpr(self, lo: int, hi: int) -> Iterator[pl.DataFrame]:
         cr8 = self._read("TRC_HVM_CR_WRITE", lo, hi, "cr", "value")
         if cr8 is not None:
-            yield cr8.filter(pl.col("cr") == 8).with_columns(tpr=(pl.col("value") & 0xF) * 16)
+            yield chosen(cr8, cr8["cr"] == 8).with_columns(tpr=(pl.col("value") & 0xF) * 16)
         msr = self._read("TRC_HVM_MSR_WRITE", lo, hi, "msr", "value")
         if msr is not None:
-            yield msr.filter(pl.col("msr") == X2APIC_TPR).with_columns(tpr=pl.col("value") & 0xFF)
+            yield chosen(msr, msr["msr"] == X2APIC_TPR).with_columns(tpr=pl.col("value") & 0xFF)
         mmio = self._read("TRC_HVM_IOMEM_WRITE", lo, hi, "gpa", "data")
         if mmio is not None:
-            yield mmio.filter(pl.col("gpa") == LAPIC_TPR).with_columns(tpr=pl.col("data").fill_null(0) & 0xFF)
+            yield chosen(mmio, mmio["gpa"] == LAPIC_TPR).with_columns(tpr=pl.col("data").fill_null(0) & 0xFF)
