@@ -17,7 +17,7 @@ from replay.events import Batch
 from replay.machine import Machine
 from replay.sink import KEEP, Doubt, Finding, Sink
 
-__all__ = ["Replay", "Run", "run_machine", "run_replays"]
+__all__ = ["Replay", "Run", "run_beside", "run_machine", "run_replays"]
 
 
 @dataclass(slots=True)
@@ -134,6 +134,15 @@ def run_replays(
                 replay.feed(batch)
             last = table["t_ns"][-1].as_py()
     return [replay.finish(last if t_end is None else t_end) for replay in replays]
+
+
+def run_beside(replays: Sequence[Replay], parts: Iterable[tuple[int, pa.Table]], t_end: int | None = None) -> list[Run]:
+    """Feed each its own events, of which `parts` says whose they are; see `run_machine`."""
+    last = [0] * len(replays)
+    for number, table in parts:
+        replays[number].feed(Batch.of(table, replays[number].columns))
+        last[number] = table["t_ns"][-1].as_py()
+    return [replay.finish(t if t_end is None else t_end) for replay, t in zip(replays, last, strict=True)]
 
 
 def run_machine(

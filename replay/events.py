@@ -289,7 +289,8 @@ class Batch:
 
     def row(self, index: int, columns: Sequence[str]) -> tuple[int, ...]:
         """One row."""
-        return tuple(c if isinstance(c, int) else int(c[index]) for c in map(self._columns.__getitem__, columns))
+        row: list[int] = [c if isinstance(c, int) else c.item(index) for c in [self._columns[n] for n in columns]]
+        return tuple(row)
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, ...]]:
         """All rows as tuples of plain integers.

@@ -47,7 +47,7 @@ class Finding:
 #: Findings of one code and severity that are kept; the rest is counted.
 KEEP: Final = 10_000
 
-#: May lower the severity of findings in the light of what else is known of them; the second time it changes nothing.
+#: May lower the severity of findings in the light of what else is known of them; asked once for each.
 Doubt = Callable[[Sequence[Finding]], None]
 
 
@@ -60,12 +60,13 @@ class Sink:
     not full before as many have kept theirs, so the worst severity of a run never depends on the limit.
     """
 
-    __slots__ = ("closed", "doubt", "findings", "full", "held", "keep", "room", "suppressed")
+    __slots__ = ("closed", "doubt", "doubted", "findings", "full", "held", "keep", "room", "suppressed")
 
     def __init__(self, *, closed: bool, keep: int = KEEP, doubt: Doubt | None = None) -> None:
         self.closed: bool = closed
         self.keep: int = keep
         self.doubt: Doubt | None = doubt
+        self.doubted: int = 0  # findings, from the first, whose severity was looked at
         self.findings: list[Finding] = []
         self.suppressed: dict[tuple[str, str], int] = {}
         self.held: dict[tuple[str, str], int] = {}
@@ -128,7 +129,7 @@ class Sink:
     def settle(self) -> None:
         """Have severities lowered that have to be; then let go what is too much. So at most twice `keep` are held."""
         if self.doubt is not None:
-            self.doubt(self.findings)
+            self.doubt(self.findings[self.doubted :])
         held: dict[tuple[str, str], int] = {}
         kept: list[Finding] = []
         for finding in self.findings:
@@ -140,6 +141,7 @@ class Sink:
             else:
                 self.suppressed[key] = self.suppressed.get(key, 0) + 1
         self.findings[:] = kept
+        self.doubted = len(kept)
         self.full = {key for key, count in held.items() if count >= self.keep}
         self.room = {key: count + self.keep for key, count in held.items()}
         self.held = {**dict.fromkeys(self.held, 0), **held}

@@ -12,6 +12,7 @@ from replay.systems import SYSTEMS
 from tracetool import parallel
 from tracetool.answers import Answers
 from tracetool.asked import Choice, Settings, choose, choose_recorded
+from tracetool.beside import open_beside
 from tracetool.seen import blind_share, checkable, not_replayed, observations, rules_of
 from tracetool.session import Session
 from tracetool.store import Dataset
@@ -53,6 +54,7 @@ def replay_dataset(
         parts = parallel.replay_systems(dataset, settings, new, jobs, progress, answers)
         done = dict(zip(new, parts, strict=True))
     with _rarely_collected():
+        open_beside(dataset, [sessions[name] for name in new if name not in done], progress)
         return [record for name in names for record in (done[name] if name in done else sessions[name].records())]
 
 
@@ -60,7 +62,7 @@ def replay_dataset(
 def _rarely_collected() -> Iterator[None]:
     """A replay makes many objects and hardly a cycle: looking for cycles as often as usual takes an eighth of it."""
     usual = gc.get_threshold()
-    gc.set_threshold(COLLECT_EVERY, *usual[1:])
+    gc.set_threshold(max(usual[0], COLLECT_EVERY), *usual[1:])
     try:
         yield
     finally:

@@ -13,8 +13,8 @@ from replay.events import NIL, NONE
 from replay.sink import Evidence, Finding
 
 __all__ = [
-    "EPISODE_GAP_NS", "SEVERITIES", "contract", "episode_key", "fold", "run_record", "sight_document", "verdict",
-    "worst",
+    "EPISODE_GAP_NS", "SEVERITIES", "contract", "episode_key", "fold", "run_record", "seqs_of", "sight_document",
+    "verdict", "worst",
 ]  # fmt: skip
 
 #: Severities, worst first.
@@ -29,12 +29,16 @@ CONTRACT: Final = (
 )  # fmt: skip
 
 
-def _null(value: int) -> int | None:
-    return None if value in (NONE, NIL) else value
-
-
-def _value(value: int) -> int | None:
-    return None if value == NIL else value
+def seqs_of(findings: Iterable[Finding]) -> set[int]:
+    """Numbers of the canonical events that findings name."""
+    seqs: set[int] = set()
+    for finding in findings:
+        seqs.add(finding.seq)
+        for step in finding.evidence:
+            if step.seq is not None:
+                seqs.add(step.seq)
+    seqs.discard(NONE)
+    return seqs
 
 
 def run_record(
@@ -51,8 +55,7 @@ def run_record(
     `locate` maps canonical `seq` numbers to (source, offset in the recording); `blind_share` is the share of the
     recorded time that is covered by gaps.
     """
-    seqs = {f.seq for f in run.findings if f.seq != NONE}
-    seqs |= {e.seq for f in run.findings for e in f.evidence if e.seq is not None and e.seq != NONE}
+    seqs = seqs_of(run.findings)
     where = locate(seqs) if locate and seqs else {}
     # Codes are declared causes first.
     rank = {code.name: index for index, code in enumerate(system.codes)}
@@ -92,19 +95,24 @@ def run_record(
     }
 
 
+#: What is null in a document, of fields that may be negative and of others.
+_VALUE: Final[Mapping[int, None]] = {NIL: None}
+_NULL: Final[Mapping[int, None]] = {NIL: None, NONE: None}
+
+
 def _finding(f: Finding, where: Mapping[int, tuple[str, int]], rank: Mapping[str, int]) -> dict[str, Any]:
     source, offset = where.get(f.seq, (None, None))
     return {
         "code": f.code.name,
         "severity": f.severity,
         "t_ns": f.t,
-        "t_first_ns": _value(f.t_first),
-        "cpu": _null(f.cpu),
-        "dom": _null(f.dom),
-        "vcpu": _null(f.vcpu),
-        "obj": _null(f.obj),
-        "tgt": _null(f.tgt),
-        "val": _value(f.val),
+        "t_first_ns": _VALUE.get(f.t_first, f.t_first),
+        "cpu": _NULL.get(f.cpu, f.cpu),
+        "dom": _NULL.get(f.dom, f.dom),
+        "vcpu": _NULL.get(f.vcpu, f.vcpu),
+        "obj": _NULL.get(f.obj, f.obj),
+        "tgt": _NULL.get(f.tgt, f.tgt),
+        "val": _VALUE.get(f.val, f.val),
         "expected": f.expected,
         "observed": f.observed,
         "confidence": f.conf,

@@ -13,13 +13,13 @@ from replay.coverage import CHECKED_FROM
 from replay.declare import Config, System
 from replay.driver import Replay, Run, run_replays
 from replay.effects import Effects
-from replay.events import KIND_ID, KINDS, NONE
+from replay.events import KIND_ID, KINDS
 from replay.parting import part
 from replay.sink import Finding, Sink
 from tracetool import calibrate
 from tracetool.answers import Answer, Answers
 from tracetool.asked import Choice, Settings
-from tracetool.results import SEVERITIES, run_record
+from tracetool.results import SEVERITIES, run_record, seqs_of
 from tracetool.seen import blind_share, observations, rules_of
 from tracetool.store import Dataset
 
@@ -145,11 +145,13 @@ class Session:
         """A finding is as sure as the weakest of its evidence and of the kinds that its rule needs (spec I.4). One that
         is inferred for that reason is one severity less. Doing it twice changes nothing."""
         of_rule = {c.rule: c.conf for c in self.rules if c.state != "blind"}
-        seqs = {f.seq for f in findings} | {e.seq for f in findings for e in f.evidence if e.seq is not None}
-        of_event = self.confidences(seqs - {NONE}) if seqs else {}
+        steps = seqs_of(findings)
+        of_event = self.confidences(steps) if steps else {}
         for finding in findings:
-            steps = (finding.seq, *(e.seq for e in finding.evidence if e.seq is not None))
-            sure = min(of_rule.get(finding.code.name, 100), *(of_event.get(seq, 100) for seq in steps))
+            sure = min(of_rule.get(finding.code.name, 100), of_event.get(finding.seq, 100))
+            for step in finding.evidence:
+                if step.seq in of_event and of_event[step.seq] < sure:
+                    sure = of_event[step.seq]
             if sure < finding.conf:
                 if sure < CHECKED_FROM <= finding.conf:
                     finding.severity = SEVERITIES[min(SEVERITIES.index(finding.severity) + 1, len(SEVERITIES) - 1)]
@@ -172,10 +174,25 @@ class Session:
     def opened(self) -> Run:
         """The recording's own outcomes against the rules."""
         if self._opened is None:
-            replay = self._replay(self.recorded, None, self.config(closed=False), closed=False)
-            (self._opened,) = self._run([replay], self.system.kinds)
-            self.keep_answer(self._opened.metrics, b"", "metrics")
+            self.found(*self._run([self.recording()], self.system.kinds))
+        assert self._opened is not None
         return self._opened
+
+    def recording(self) -> Replay:
+        """The recorded policy, to be fed what was recorded."""
+        return self._replay(self.recorded, None, self.config(closed=False), closed=False)
+
+    def found(self, run: Run) -> None:
+        """What the recorded policy's own run said."""
+        self._opened = run
+        self.keep_answer(run.metrics, b"", "metrics")
+
+    def is_to_verify(self) -> bool:
+        """Whether `records` will need the recorded policy's own run."""
+        if self.changed or self._opened is not None:
+            return False
+        mine = any(choice.cls is None and self.policy_of(choice) == self.recorded for choice in self.policies)
+        return mine and self.answer("run", self.recorded) is None
 
     def recorded_metrics(self) -> Mapping[str, int]:
         """Numbers of the recording itself."""

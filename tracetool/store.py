@@ -514,14 +514,21 @@ class Dataset:
 
     def event_batches(self, kinds: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
         """Canonical events of some kinds in order, at most BATCH_ROWS at a time."""
+        return (batch for _, batch in self.event_parts([(kinds, columns)]))
+
+    def event_parts(self, wants: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Iterator[tuple[int, pa.Table]]:
+        """Canonical events for several who want some kinds and columns (`kind` and `t_ns` always), read once: whose
+        they are, and at most BATCH_ROWS of them."""
         file = pq.ParquetFile(self.path / "events.parquet")
-        wanted = sorted({*columns, "kind", "t_ns"})
+        named = [sorted({*columns, "kind", "t_ns"}) for _, columns in wants]
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=wanted, use_threads=False)
-            mask = _are(table["kind"], set(kinds))
-            chosen = table if mask.all() else table.filter(pa.array(mask))
-            for start in range(0, chosen.num_rows, BATCH_ROWS):
-                yield chosen.slice(start, BATCH_ROWS)
+            table = file.read_row_group(group, columns=sorted(set().union(*named)), use_threads=False)
+            for number, (kinds, _) in enumerate(wants):
+                mask = _are(table["kind"], set(kinds))
+                whole = table.select(named[number])
+                chosen = whole if mask.all() else whole.filter(pa.array(mask))
+                for start in range(0, chosen.num_rows, BATCH_ROWS):
+                    yield number, chosen.slice(start, BATCH_ROWS)
 
     def events_of(self, seqs: Iterable[int], columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Canonical events of these numbers, `seq` and some columns; only row groups that have one are read."""

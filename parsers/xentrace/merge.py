@@ -19,9 +19,12 @@ from parsers.xentrace.boundaries import GUARD, MARGIN, find_records
 from parsers.xentrace.streams import Stream, spikes, streams_of
 from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
-__all__ = ["BATCH_WORDS", "Batch", "Overrun", "batches"]
+__all__ = ["Batch", "Overrun", "batches"]
 
-BATCH_WORDS = 1 << 20  #: 4 MiB of words at a time
+#: Words at a time. With more a batch's fixed cost counts less, but each MiB of them takes 40 MiB while it is decoded;
+#: of a recording beyond LONG_BYTES fewer are taken, for whoever stores one that long needs the memory.
+BATCH_WORDS, LONG_BATCH_WORDS = 3 << 20, 1 << 20
+LONG_BYTES = 2 << 30
 MIN_PIECE_WORDS = 1024
 
 
@@ -73,8 +76,10 @@ class _Piece:
     place: int = 0  # first word in the buffer
 
 
-def batches(source: Source, windows: Windows, batch_words: int = BATCH_WORDS) -> Iterator[Batch]:
+def batches(source: Source, windows: Windows, batch_words: int | None = None) -> Iterator[Batch]:
     """All records of all windows in batches: every record of a batch sorts before those of the next."""
+    if batch_words is None:
+        batch_words = BATCH_WORDS if source.size <= LONG_BYTES else LONG_BATCH_WORDS
     streams = streams_of(windows)
     quantum = batch_words
     buffer = np.zeros(0, np.uint32)

@@ -15,7 +15,7 @@ from parsers.xentrace.calibrate import Sample, fit_clock, take_sample
 from parsers.xentrace.decode import TABLES, Decoder
 from parsers.xentrace.events import sniff_versions
 from parsers.xentrace.layout import NEWEST, OLDEST, Version
-from parsers.xentrace.merge import BATCH_WORDS, Batch, batches
+from parsers.xentrace.merge import Batch, batches
 from parsers.xentrace.windows import HEADER_BYTES, MAGIC_LE, Source, Windows, plausible, scan
 
 __all__ = ["XentraceReader"]
@@ -67,7 +67,7 @@ class XentraceReader:
             at = head.find(MAGIC_LE, at + 1)
         return False
 
-    def __init__(self, stream: BinaryIO, options: ReadOptions, *, batch_words: int = BATCH_WORDS) -> None:
+    def __init__(self, stream: BinaryIO, options: ReadOptions, *, batch_words: int | None = None) -> None:
         self.tables = dict(TABLES)
         self.counts = {}
         self._options = options
