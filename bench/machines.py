@@ -13,6 +13,7 @@ minute or two and happens in a temporary folder; it needs mypy and a C compiler.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -201,6 +202,7 @@ def measure(events: int, repeat: int) -> dict[str, Any]:
     """Events per second of all mixes (feed only, prototype, machine) with whatever modules are imported, and what the
     scenarios give."""
     result: dict[str, Any] = {"compiled": not str(replay.machine.__file__).endswith(".py")}
+    gc.set_threshold(1_000_000, 20, 100)  # as `tracetool.__main__.prepare` does for every replay
     for name, system, policy, mix, loop, columns in MIXES:
         load = mix(events)
         rounds = [

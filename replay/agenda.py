@@ -9,8 +9,6 @@ from __future__ import annotations
 import heapq
 from typing import Final
 
-from replay.events import INF
-
 __all__ = ["HARDWARE", "OUTCOME", "SOFTWARE", "UPCALL", "Agenda", "Entry"]
 
 #: Classes of simultaneous events, in the order in which they happen.
@@ -36,17 +34,6 @@ class Agenda:
         """Schedule `action(a, b, c)` at `t` in class `order`."""
         self.serial += 1
         heapq.heappush(self.heap, (t, order, self.serial, action, a, b, c))
-
-    def next_t(self) -> int:
-        """Time of the first entry (ns), INF when there is none."""
-        return self.heap[0][0] if self.heap else INF
-
-    def due_before(self, t: int) -> bool:
-        """Whether an entry comes before a recorded event of time `t`."""
-        if not self.heap:
-            return False
-        first = self.heap[0]
-        return first[0] < t or (first[0] == t and first[1] < SOFTWARE)
 
     def pop(self) -> Entry:
         """Take the first entry."""

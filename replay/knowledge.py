@@ -51,19 +51,9 @@ class Bits:
         self.known = 0
         self.value = 0
 
-    def forget_bit(self, bit: int) -> None:
-        """This bit is unknown from now on."""
-        mask = ~(1 << bit)
-        self.known &= mask
-        self.value &= mask
-
     def highest(self) -> int:
         """Highest bit known to be 1, or -1."""
         return self.value.bit_length() - 1
-
-    def highest_is_certain(self) -> bool:
-        """Whether no unknown bit lies above the highest known 1 (or, with no 1, no bit is unknown at all)."""
-        return (self.all & ~self.known) >> self.value.bit_length() == 0
 
     def is_empty(self) -> int:
         """1 definitely all zero, 0 definitely not, UNKNOWN otherwise."""
