@@ -21,8 +21,8 @@ from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
 __all__ = ["Batch", "Overrun", "batches"]
 
-#: Words at a time. With more a batch's fixed cost counts less, but each MiB of them takes 40 MiB while it is decoded;
-#: of a recording beyond LONG_BYTES fewer are taken, for whoever stores one that long needs the memory.
+#: Words at a time. With more a batch's fixed cost counts less, but each `1 << 20` of them take 30 to 60 MiB until they
+#: are stored; of a recording beyond LONG_BYTES fewer are taken, for whoever stores one that long needs the memory.
 BATCH_WORDS, LONG_BATCH_WORDS = 3 << 20, 1 << 20
 LONG_BYTES = 2 << 30
 MIN_PIECE_WORDS = 1024

@@ -226,10 +226,10 @@ class Binder:
             ns = (ticks.cast(pl.Float64) / self.ticks_per_ns).cast(pl.Int64)
             return pl.col("t_ns") - pl.when(ns < LONGEST_HANDLER_NS).then(ns).otherwise(0)
 
-        channel = numbered(frame["irq"], self.found.channels).alias("channel")
-        return frame.with_columns(
-            begin=pl.min_horizontal(back("tsc_in"), back("tsc_out")), end=back("tsc_out")
-        ).with_columns(channel)
+        channel = numbered(frame["irq"], self.found.channels)
+        return frame.with_columns(begin=back("tsc_in"), end=back("tsc_out"), channel=channel).with_columns(
+            begin=pl.min_horizontal("begin", "end")
+        )
 
     def _handler_events(self, handlers: pl.DataFrame | None) -> Iterator[pl.DataFrame]:
         if handlers is None:
@@ -336,7 +336,7 @@ class Binder:
         frame = self._read(_ASSIGN, lo, hi, "irq", "vector", "cpumask0", "cpumask1", "cpumask2")
         if frame is None:
             return
-        frame = frame.with_columns(numbered(frame["irq"], self.found.channels).alias("channel"))
+        frame = frame.with_columns(channel=numbered(frame["irq"], self.found.channels))
         frame = chosen(frame, frame["channel"].is_not_null())
 
         def lowest(name: str, base: int) -> pl.Expr:
@@ -348,7 +348,7 @@ class Binder:
         pool = self._carry(self.targets, frame[["seq", "channel", "target"]])
         self.targets = last_of_each(pool, "channel")
         old = pool.select(pl.col("target").shift(1).over("channel")).to_series()
-        frame = frame.with_columns(old.tail(frame.height).alias("old"))
+        frame = frame.with_columns(old=old.tail(frame.height))
         yield event(
             frame, "hpet.retarget", _ASSIGN,
             obj="channel", tgt="target", val="old", val2="vector", conf=80,
