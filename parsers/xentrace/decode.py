@@ -181,7 +181,7 @@ class Decoder:
         return tables
 
     def alike(self, rows: int) -> tuple[Any, Any]:
-        """Columns that are the same in most tables: `source`, and `t_err_ns` of stamped records."""
+        """Columns that are the same in most tables: `source`, and `t_err_ns` of records whose stamp is their time."""
         if rows > len(self.same[0]):
             zeros = np.zeros(2 * rows, np.uint32)
             self.same = (_repeated(2 * rows, self.source), plain(pa.uint32(), zeros))
@@ -275,7 +275,7 @@ class _Rows:
         self.time = to_time(self.key, decoder.clock)
         self.cpu = batch.cpu.take(pick)
         self.offset = batch.offset.take(pick)
-        # Only records without a stamp can have an error.
+        # Only records without a stamp of their own can have an error.
         self.error = np.zeros(len(batch.pos), np.uint32)
         self.known = np.ones(len(batch.pos), np.bool_)
         late = batch.late_ticks
@@ -297,7 +297,7 @@ class _Rows:
         batch, rows = self.batch, part.stop - part.start
         own = {name: column.slice(part.start, rows) for name, column in self.columns.items()}
         source, error = self.decoder.alike(rows)
-        if bare or number in _COLLECTOR:
+        if bare or number in _COLLECTOR or len(batch.odd):
             pick = self.pick[part]
             known = self.known[pick] & (self.event[part] != CPU_CHANGE)
             error = plain(pa.uint32(), self.error[pick], known)

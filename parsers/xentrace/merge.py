@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parsers.xentrace.boundaries import GUARD, MARGIN, find_records
-from parsers.xentrace.streams import Stream, spikes, streams_of
+from parsers.xentrace.stamps import spikes
+from parsers.xentrace.streams import Stream, streams_of
 from parsers.xentrace.windows import RECORD_WORDS, Source, Windows
 
 __all__ = ["Batch", "Overrun", "batches"]
@@ -42,9 +43,10 @@ class Batch:
     """Records in (cpu, place in stream) order; `words[pos]` is a record's header word.
 
     The columns cover all records that were found; `chosen` are the indexes of those that belong to this batch (None:
-    all of them), `count` their number. `tsc` is 0 and `key` the sort key where there is no stamp. Of records without
-    stamp, `late` are the indexes and `late_ticks` the distance to the CPU's next stamp, -1 if unknown. `odd`: indexes
-    of stamped records whose stamp is not their key; `untimed`: True where the CPU has no stamp at all, None if nowhere.
+    all of them), `count` their number. `tsc` is 0 and `key` the sort key where there is no stamp. `odd`: indexes of
+    stamped records whose stamp is not their key. Of those and the records without stamp, `late` are the indexes and
+    `late_ticks` the distance to the CPU's next key that is a stamp, -1 if unknown. `untimed`: True where the CPU has no
+    stamp at all, None if nowhere.
     """
 
     words: NDArray[np.uint32]
@@ -180,11 +182,16 @@ def _cut(
     for stream, a, b in groups:
         r0, r1 = int(first[a]), int(last[b - 1])
         if r1 > r0:
-            floor = stream.key if stream.key is not None else windows.first_stamp.get(stream.cpu, 0)
+            floor = windows.origin if stream.key is None else stream.key
             following = stream.next_stamp(pieces[b - 1].slot + 1)
             odd.append(r0 + _keys(tsc[r0:r1], stamped[r0:r1], key[r0:r1], floor, following))
+            if stream.key is None:
+                _lead(tsc[r0:r1], stamped[r0:r1], key[r0:r1], windows.first_stamp.get(stream.cpu, 0))
     lead = first[fresh]
     key[lead] = key[lead + 1]
+    strange = np.concatenate([np.zeros(0, np.int64), *odd])
+    if len(strange):
+        bare = np.union1d(bare, strange)
     stamped_after = _next_stamped(bare)
     ready: list[int] = []
     for stream, a, b in groups:
@@ -253,7 +260,6 @@ def _cut(
     cpu = np.repeat(np.array([piece.stream.cpu for piece in pieces], np.uint16), counts)
     picked = None if count == len(pos) else np.concatenate([np.arange(0), *(np.arange(a, b) for a, b in chosen)])
     none = np.zeros(0, np.int64)
-    strange = np.concatenate([none, *odd])
     if picked is not None and len(strange):
         strange = strange[np.isin(strange, picked)]
     return Batch(
@@ -293,8 +299,15 @@ def _keys(
     return odd
 
 
+def _lead(tsc: NDArray[np.uint64], stamped: NDArray[np.bool_], key: NDArray[np.uint64], otherwise: int) -> None:
+    """Records before a CPU's first true stamp sort with it."""
+    own = stamped & (tsc == key)
+    first = int(own.argmax())
+    key[: first if own[first] else len(key)] = key[first] if own[first] else otherwise
+
+
 def _next_stamped(bare: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each record without stamp (ascending) the first index after it that is not of such a record."""
+    """For each record without true stamp (ascending) the first index after it that is not of such a record."""
     if not len(bare):
         return bare
     ends = np.append(np.flatnonzero(np.diff(bare) != 1), len(bare) - 1)
@@ -325,7 +338,7 @@ def _lateness(
     r0: int,
     end: int,
 ) -> NDArray[np.int64]:
-    """For the records `bare` of a CPU, which have no stamp: ticks to its next stamp, -1 where unknown.
+    """For the records `bare` of a CPU, which have no true stamp: ticks to its next one, -1 where unknown.
 
     `after` is the stamped record after each, if below `end`; the CPU's records begin at `r0`.
     """

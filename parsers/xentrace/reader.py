@@ -7,7 +7,6 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from parsers.recording import Accounting, Chunk, ClockModel, Gap, Note, NoteCode, ReadOptions, RecordingError
 from parsers.tables import Table
@@ -16,6 +15,7 @@ from parsers.xentrace.decode import TABLES, Decoder
 from parsers.xentrace.events import sniff_versions
 from parsers.xentrace.layout import NEWEST, OLDEST, Version
 from parsers.xentrace.merge import Batch, batches
+from parsers.xentrace.stamps import Run, runs
 from parsers.xentrace.windows import HEADER_BYTES, MAGIC_LE, Source, Windows, plausible, scan
 
 __all__ = ["XentraceReader"]
@@ -36,7 +36,7 @@ class XentraceReader:
         NoteCode("xentrace-truncated", "error", "the recording ends inside a window"),
         NoteCode("xentrace-overrun", "error", "a record reaches beyond the end of its window; the rest is skipped"),
         NoteCode("xentrace-lost", "warn", "the recorder's ring was full and it dropped records"),
-        NoteCode("xentrace-stamp", "warn", "stamps that cannot be true, far above later ones; t_ns is the one before"),
+        NoteCode("xentrace-stamp", "error", "stamps that cannot be true, far off those around; t_ns is the one before"),
         NoteCode("xentrace-tsc-back", "warn", "stamps of a CPU step backward; storage order is kept, t_ns stands"),
         NoteCode("xentrace-unknown", "warn", "records whose id or length is not declared; kept in table `unknown`"),
         NoteCode("xentrace-version", "info", "the Xen version was assumed; it decides how some records are read"),
@@ -88,7 +88,7 @@ class XentraceReader:
         return Note(code, self._severity[code], text, offset, cpu, count)
 
     def _make_clock(self, sample: Sample) -> ClockModel:
-        tsc0 = min(self._windows.first_stamp.values(), default=0)
+        tsc0 = self._windows.origin
         stated = self._options.cpu_hz
         if stated is not None:
             if not 1 <= stated < MAX_HZ:
@@ -110,8 +110,7 @@ class XentraceReader:
         position = self._windows.skipped
         gaps, notes = self._damage()
         notes += self._clock_notes
-        back: dict[int, tuple[int, int]] = {}
-        wild: dict[int, tuple[int, int]] = {}
+        odd: list[Run] = []
         for batch in batches(self._source, self._windows, self._batch_words):
             tables = decoder.decode(batch) if batch.count else {}
             self.accounting.parsed += batch.done - sum(overrun.length for overrun in batch.overruns)
@@ -126,15 +125,14 @@ class XentraceReader:
                 t0 = self._last.get(overrun.cpu)
                 gaps.append(Gap("overrun", overrun.cpu, t0, None, overrun.offset, overrun.length, text=text))
                 notes.append(self._note("xentrace-overrun", text, overrun.offset, overrun.cpu))
-            _count(batch, batch.odd[batch.tsc[batch.odd] < batch.key[batch.odd]], back)
-            _count(batch, batch.odd[batch.tsc[batch.odd] > batch.key[batch.odd]], wild)
+            gaps += self._odd(batch, odd)
             position += batch.done
             chunk = Chunk(tables, gaps, notes, min(position, self.accounting.total))
             del batch, tables  # nothing of this batch may stay while the next one is made
             yield chunk
             del chunk
             gaps, notes = [], []
-        yield Chunk({}, self._truncation(), self._summary(decoder, back, wild), self.accounting.total)
+        yield Chunk({}, self._truncation(), self._summary(decoder, odd), self.accounting.total)
 
     def _damage(self) -> tuple[list[Gap], list[Note]]:
         gaps, notes = [], []
@@ -171,17 +169,35 @@ class XentraceReader:
             notes.append(self._note("xentrace-lost", text, offset, cpu, lost))
         return gaps
 
-    def _summary(
-        self, decoder: Decoder, back: dict[int, tuple[int, int]], wild: dict[int, tuple[int, int]]
-    ) -> list[Note]:
-        notes = [
-            self._note("xentrace-stamp", f"CPU {cpu}: {count} stamps far above later ones", offset, cpu, count)
-            for cpu, (count, offset) in sorted(wild.items())
+    @staticmethod
+    def _odd(batch: Batch, odd: list[Run]) -> list[Gap]:
+        """Runs of records whose stamps are not their time are kept in `odd`; those that are far off are gaps.
+
+        Whoever changed the stamps may have changed the records.
+        """
+        if not len(batch.odd):
+            return []
+        ticks = batch.late_ticks[np.searchsorted(batch.late, batch.odd)]
+        of = batch.odd
+        found = list(runs(batch.tsc[of], batch.key[of], ticks, batch.cpu[of], batch.offset[of]))
+        odd += found
+        return [
+            Gap(run.reason, run.cpu, run.t0, run.t1, run.offset, text=f"CPU {run.cpu}: {run.count} stamps far off")
+            for run in found
+            if run.reason != "skew"
         ]
-        notes += [
-            self._note("xentrace-tsc-back", f"CPU {cpu}: {count} stamps lie below an earlier one", offset, cpu, count)
-            for cpu, (count, offset) in sorted(back.items())
-        ]
+
+    def _summary(self, decoder: Decoder, odd: list[Run]) -> list[Note]:
+        notes = []
+        for code, damaged, what in (
+            ("xentrace-stamp", True, "stamps that cannot be true"),
+            ("xentrace-tsc-back", False, "stamps below an earlier one"),
+        ):
+            told = [run for run in odd if (run.reason == "damaged") is damaged]
+            for cpu in sorted({run.cpu for run in told}):
+                mine = [run for run in told if run.cpu == cpu]
+                count = sum(run.count for run in mine)
+                notes.append(self._note(code, f"CPU {cpu}: {count} {what}", mine[0].offset, cpu, count))
         if unknown := self.counts.get("unknown", 0):
             text = f"{unknown} records with an unknown id or length are kept raw"
             notes.append(self._note("xentrace-unknown", text, count=unknown))
@@ -193,11 +209,3 @@ class XentraceReader:
             text = f"read as written by {what}{since}, which matters for {names}"
             notes.append(self._note("xentrace-version", text, count=sum(decoder.headers.assumed.values())))
         return notes
-
-
-def _count(batch: Batch, places: NDArray[np.int64], found: dict[int, tuple[int, int]]) -> None:
-    """Adds to `found` for each CPU: number of odd records, offset of the first."""
-    for cpu in np.unique(batch.cpu[places]).tolist():
-        mine = places[batch.cpu[places] == cpu]
-        count, offset = found.get(cpu, (0, int(batch.offset[mine[0]])))
-        found[cpu] = (count + len(mine), offset)

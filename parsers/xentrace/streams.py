@@ -1,4 +1,4 @@
-"""Each CPU's windows as one stream: what was given out, the earliest key of what follows, damaged stamps."""
+"""Each CPU's windows as one stream: what was given out, and the earliest key of what follows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from array import array
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from parsers.xentrace.stamps import spikes
 from parsers.xentrace.windows import Windows
 
-__all__ = ["Stream", "spikes", "streams_of"]
-
-#: No stamp, where the lowest of several is wanted.
-NO_STAMP = (1 << 64) - 1
-#: A stamp this far above a later one is damage and not skew (ticks; about 25 s).
-SPIKE_TICKS = np.uint64(1 << 36)
+__all__ = ["Stream", "streams_of"]
 
 
 @dataclass(slots=True)
@@ -42,33 +37,13 @@ class Stream:
         return (self.floors[self.at] if self.floor is None else self.floor), self.cpu
 
 
-def spikes(stamps: NDArray[np.uint64], floor: int, following: int | None) -> NDArray[np.bool_]:
-    """Stamps (0: none) of one CPU that cannot be true: far above later ones which fit what came before.
-
-    `floor` is the last key before them, `following` the first stamp after them if known. A clock that was set back is
-    not a spike: what follows it lies below `floor`, and order of storage is kept. Without this rule one damaged stamp
-    would move all later records of its CPU to the end of time.
-    """
-    if not len(stamps):
-        return np.zeros(0, np.bool_)
-    ahead = np.where(stamps == 0, np.uint64(NO_STAMP), stamps)
-    if following is not None:
-        ahead = np.append(ahead, np.uint64(following))
-    lowest = np.minimum.accumulate(ahead[::-1])[::-1][: len(stamps)]
-    above = stamps > lowest
-    if not above.any():
-        return above
-    above[above] = stamps[above] - lowest[above] > SPIKE_TICKS
-    return above & (lowest >= np.uint64(floor))
-
-
 def streams_of(windows: Windows) -> dict[int, Stream]:
     """The streams by CPU."""
     streams: dict[int, Stream] = {}
     damaged: set[int] = set()
-    for cpu in np.unique(windows.cpu).tolist():
+    for cpu in windows.first_stamp:
         mine = np.flatnonzero(windows.cpu == cpu)
-        damaged.update(mine[spikes(windows.first[mine], windows.first_stamp.get(cpu, 0), None)].tolist())
+        damaged.update(mine[spikes(windows.first[mine], 0, None)].tolist())
     order = np.argsort(windows.cpu, kind="stable")
     for index in order.tolist():
         cpu = int(windows.cpu[index])
@@ -76,10 +51,11 @@ def streams_of(windows: Windows) -> dict[int, Stream]:
         if stream is None:
             stream = streams[cpu] = Stream(cpu, array("q"), array("Q"), array("Q"))
         first = int(windows.first[index]) if index not in damaged else 0
-        before = stream.floors[-1] if stream.floors else windows.first_stamp.get(cpu, 0)
-        stream.windows.append(index)
+        before = stream.floors[-1] if stream.floors else windows.origin if cpu in windows.first_stamp else 0
         # A window that does not begin with a stamp may continue the one before.
-        stream.floors.append(max(before, first) if windows.leads[index] else before)
+        leads = windows.leads[index] and stream.windows
+        stream.windows.append(index)
+        stream.floors.append(max(before, first) if leads else before)
     for stream in streams.values():
         upcoming = 0
         stream.upcoming = array("Q", bytes(8 * (len(stream.windows) + 1)))

@@ -95,6 +95,11 @@ class Windows:
     skipped: int = 0
     first_stamp: dict[int, int] = field(default_factory=dict)  # by CPU
 
+    @property
+    def origin(self) -> int:
+        """Where time begins: no key is lower. A CPU's own first stamp may be damaged, and so tell nothing of others."""
+        return min(self.first_stamp.values(), default=0)
+
 
 def plausible(head: bytes, remaining: int) -> tuple[int, int] | None:
     """(cpu, payload bytes) if `head` starts with a window header that fits into `remaining` bytes."""

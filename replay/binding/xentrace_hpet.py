@@ -215,7 +215,10 @@ class Binder:
         return event(entries, "idle.enter", _ENTRY, val=deadline, val2="cx", conf=80)
 
     def _handlers(self, lo: int, hi: int, source: Forward) -> pl.DataFrame | None:
-        """Interrupt handlers with begin and end in ns: the record comes after the end, its words are low TSC bits."""
+        """Interrupt handlers with begin and end in ns: the record comes after the end, its words are low TSC bits.
+
+        Where the record's stamp is not its time, when the handler began and ended is not known either: it ran then.
+        """
         frame = self._read(_HANDLED, lo, hi, "irq", "tsc_in", "tsc_out", source=source)
         if frame is None:
             return None
@@ -224,7 +227,8 @@ class Binder:
             low = pl.col("tsc").cast(pl.UInt64) & 0xFFFFFFFF
             ticks = (low.cast(pl.Int64) - pl.col(column).cast(pl.Int64)) & 0xFFFFFFFF
             ns = (ticks.cast(pl.Float64) / self.ticks_per_ns).cast(pl.Int64)
-            return pl.col("t_ns") - pl.when(ns < LONGEST_HANDLER_NS).then(ns).otherwise(0)
+            told = (ns < LONGEST_HANDLER_NS) & (pl.col("t_err_ns") == 0)
+            return pl.col("t_ns") - pl.when(told).then(ns).otherwise(0)
 
         channel = numbered(frame["irq"], self.found.channels)
         return frame.with_columns(begin=back("tsc_in"), end=back("tsc_out"), channel=channel).with_columns(
