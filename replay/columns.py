@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["dense", "first_of_each"]
+__all__ = ["counted", "dense", "first_of_each"]
 
 #: Tables by value may have this many entries, or four for each element; beyond that NumPy sorts.
 _TABLE: Final = 1 << 16
@@ -19,12 +19,23 @@ def dense(values: Any) -> tuple[Any, Any]:
     if span > max(_TABLE, 4 * len(values)):
         found, index = np.unique(values, return_inverse=True)
         return found, index.reshape(-1)
+    values = values - low
     present = np.zeros(span, np.bool_)
-    present[values - low] = True
+    present[values] = True
     offsets = np.flatnonzero(present)
     index_of = np.empty(span, np.int64)
     index_of[offsets] = np.arange(len(offsets))
-    return offsets + low, index_of[values - low]
+    return offsets + low, index_of.take(values)
+
+
+def counted(values: Any, bound: int) -> tuple[list[int], list[int]]:
+    """The different values in ascending order and how often each is there; all are in 0..bound-1."""
+    if bound > max(_TABLE, 4 * len(values)):
+        found, counts = np.unique(values, return_counts=True)
+        return found.tolist(), counts.tolist()
+    counts = np.bincount(values)
+    found = np.flatnonzero(counts)
+    return found.tolist(), counts[found].tolist()
 
 
 def first_of_each(values: Any, bound: int) -> Any:

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["BYTE", "OVERLOOKED", "Runs", "find_runs"]
+__all__ = ["BITS", "BYTE", "Runs", "codes_of", "find_runs"]
 
-#: The step of rows that end no run, though they lie in it.
-OVERLOOKED: Final = 0xFF
+#: Bits of a vector.
+BITS: Final = 8
 
 #: Rows of a run's end that a story can be about: each request among them is followed by its delivery and its EOI.
 LAST: Final = 9
@@ -43,47 +43,43 @@ class Runs:
     """
 
     __slots__ = (
-        "_begins", "_deliver", "_ends", "_firsts", "_order", "_steps", "asked", "deep", "ended", "heads", "lowest",
+        "_begins", "_codes", "_deliver", "_ends", "_firsts", "_order", "asked", "deep", "ended", "heads", "lowest",
         "tails",
     )  # fmt: skip
 
-    def __init__(self, order: Any, steps: Any, deliver: int, services: Services, slots: Any, vectors: Any) -> None:
-        """`order`: rows by processor, `steps`: theirs; `deliver`: the step of a delivery."""
+    def __init__(self, order: Any, lane: Any, codes: Any, deliver: int, services: Services, rows: int) -> None:
+        """`order`: some of all `rows`, by processor, `lane` and `codes`: theirs; `deliver`: the step of a delivery."""
         begin, end = services.begin, services.end
-        slot = slots[order[begin]]
+        owner = lane.take(begin)
         breaks = np.ones(len(begin), np.bool_)
-        breaks[1:] = (begin[1:] != end[:-1]) | (slot[1:] != slot[:-1])
+        breaks[1:] = (begin[1:] != end[:-1]) | (owner[1:] != owner[:-1])
         starts = np.flatnonzero(breaks)
         lasts = np.append(starts[1:], len(begin)) - 1
         firsts = begin[starts]
         ends = end[lasts]
         self._begins: Any = begin
         self._order: Any = order
-        self._steps: Any = steps
+        self._codes: Any = codes
         self._deliver: int = deliver
         self._firsts: Any = firsts
         self._ends: Any = ends
         self.heads: Any = order[firsts]
-        self.tails: Any = np.zeros(len(slots), np.bool_)
-        self.tails[order[self._inside(firsts, ends)]] = True
+        bounds = np.append(np.column_stack((firsts, ends)).reshape(-1), len(order))
+        inside = np.zeros(len(bounds), np.bool_)
+        inside[1::2] = True  # what lies before the first run is outside, the next stretch of rows inside, and so on
+        self.tails: Any = np.zeros(rows, np.bool_)
+        self.tails[order] = np.repeat(inside, np.diff(bounds, prepend=0))
         self.tails[self.heads] = False
-        self.lowest: list[int] = (np.minimum.reduceat(vectors[order[begin]], starts) >> 4).tolist()
+        self.lowest: list[int] = (np.minimum.reduceat(_vectors(codes.take(begin)), starts) >> 4).tolist()
         self.deep: list[bool] = np.logical_or.reduceat(services.deep, starts).tolist()
         self.asked: list[int] = order[services.asked[lasts]].tolist()
         self.ended: list[int] = order[ends - 1].tolist()
-
-    def _inside(self, firsts: Any, ends: Any) -> Any:
-        """Which rows of `order` lie in the runs that begin and end there."""
-        change = np.zeros(len(self._order) + 1, np.int8)
-        change[firsts] += 1
-        change[ends] -= 1
-        return np.cumsum(change[:-1], dtype=np.int8).view(np.bool_)
 
     def story(self, run: int) -> list[int]:
         """Rows of the last deliveries and EOIs of a run."""
         end = self._ends[run]
         begin = max(self._firsts[run], end - LAST)
-        from_delivery = self._steps[begin:end] >= self._deliver
+        from_delivery = self._codes[begin:end] >> BITS >= self._deliver
         rows: list[int] = self._order[begin:end][from_delivery].tolist()
         return rows
 
@@ -102,92 +98,98 @@ class Runs:
         self._firsts[run] = end
         return self._order[first:end]
 
-    def counts(self, taken: list[int], slots: Any, vectors: Any, width: int) -> Any:
-        """Services of the runs `taken` by slot and vector: index slot * `width` + vector."""
-        mine = self._inside(self._firsts[taken], self._ends[taken])
-        rows = self._order[mine & (self._steps == self._deliver)]
-        return np.bincount(slots[rows] * width + vectors[rows])
+
+def codes_of(steps: Any, vectors: Any) -> Any:
+    """Step and vector of each row as one number of two bytes."""
+    return steps.astype(np.uint16) << BITS | vectors
+
+
+def _vectors(codes: Any) -> Any:
+    return codes.astype(np.uint8)
 
 
 def find_runs(
-    slots: Any, steps: Any, vectors: Any, times: Any, pattern: tuple[int, ...], patience: int, nesting: bool
+    slots: Any, overlooked: Any, codes: Any, times: Any, pattern: tuple[int, ...], patience: int, nesting: bool
 ) -> Runs | None:
     """Runs of services; None without any.
 
     A service is rows of one slot with the steps of `pattern` (the last is an EOI, that may name no vector: 0) and one
     vector, delivered within `patience` ns of the request. With `nesting` its handler may be interrupted by services of
-    higher classes, one after the other. OVERLOOKED steps end no run. `slots`, `steps`, `vectors`: unsigned bytes, or
-    two for `slots`, by which NumPy sorts in linear time; no slot is the highest number of its type.
+    higher classes, one after the other. Rows where `overlooked` is true end no run. `codes`: `codes_of` the rows.
+    `slots`: unsigned integers of one or two bytes, by which NumPy sorts in linear time; the highest of its type is
+    nobody's.
     """
-    last = np.iinfo(slots.dtype).max
-    lane = slots.copy()
-    lane[steps == OVERLOOKED] = last
-    order = np.argsort(lane, kind="stable")[: np.count_nonzero(steps != OVERLOOKED)]
-    lane = lane[order]
-    step = steps[order]
-    vector = vectors[order]
-    at = _matches(lane, step, vector, pattern)
-    at = at[_in_time(order[at], order[at + 1], times, pattern, patience)]
+    # An overlooked row gets the highest slot, and so the last place.
+    lane = slots | np.negative(overlooked.astype(slots.dtype))
+    order = np.argsort(lane, kind="stable")[: len(slots) - np.count_nonzero(overlooked)]
+    lane = lane.take(order)
+    codes = codes.take(order)
+    plain = _matches(lane, codes, pattern)
+    at = np.flatnonzero(plain)
+    timely = _in_time(order.take(at), order.take(at + 1), times, pattern, patience)
+    if not timely.all():
+        plain[at[~timely]] = False
+        at = at[timely]
     if not len(at):
         return None
     services = Services(at, at + len(pattern), at, np.zeros(len(at), np.bool_))
     if nesting:
-        rest = np.ones(len(order), np.bool_)
+        free = np.ones(len(order), np.bool_)  # rows of no service
         for offset in range(len(pattern)):
-            rest[at + offset] = False
-        rows = np.flatnonzero(rest)
-        found = _matches(lane[rows], step[rows], vector[rows], pattern)
+            free[offset : offset + len(plain)] &= ~plain
+        rows = np.flatnonzero(free)
+        found = np.flatnonzero(_matches(lane[rows], codes[rows], pattern))
         outer = rows[found]
-        entered = rows[found + len(pattern) - 2]
-        ended = rows[found + len(pattern) - 1]
+        index = found + len(pattern) - 2
+        entered = rows[index]
+        ended = rows[index + 1]
         good = _in_time(order[outer], order[entered], times, pattern, patience)
         good &= entered == outer + len(pattern) - 2  # nothing happens between a request and its delivery
-        services = _interrupted(services, outer[good], entered[good], ended[good], vector)
-    return Runs(order, step, pattern[-2], services, slots, vectors)
+        # All rows between two that follow each other in `rows` are rows of services, and so are all others before.
+        low = (entered - index) // len(pattern)
+        high = low + (ended - entered - 1) // len(pattern)
+        good &= low < high
+        services = _interrupted(services, outer[good], ended[good], low[good], high[good], codes)
+    return Runs(order, lane, codes, pattern[-2], services, len(slots))
 
 
-def _matches(lane: Any, step: Any, vector: Any, pattern: tuple[int, ...]) -> Any:
+def _matches(lane: Any, codes: Any, pattern: tuple[int, ...]) -> Any:
     """Where rows that follow each other have the steps of the pattern, one lane and one vector."""
-    n = max(0, len(step) - len(pattern) + 1)
-    good = lane[:n] == lane[len(lane) - n :]
-    for offset, wanted in enumerate(pattern):
-        good &= step[offset : offset + n] == wanted
-    at = np.flatnonzero(good)
-    eoi = vector[at + len(pattern) - 1]
-    same = (eoi == 0) | (eoi == vector[at])
-    for offset in range(1, len(pattern) - 1):
-        same &= vector[at + offset] == vector[at]
-    return at[same]
+    n = max(0, len(codes) - len(pattern) + 1)
+    first = codes[:n]
+    good = first >> BITS == pattern[0]
+    good &= lane[:n] == lane[len(lane) - n :]
+    for offset, wanted in enumerate(pattern[1:-1], 1):
+        good &= codes[offset : offset + n] == first + (wanted - pattern[0] << BITS)
+    eoi = codes[len(codes) - n :]
+    good &= (eoi == pattern[-1] << BITS) | (eoi == first + (pattern[-1] - pattern[0] << BITS))
+    return good
 
 
 def _in_time(asked: Any, delivered: Any, times: Any, pattern: tuple[int, ...], patience: int) -> Any:
     """Which requests are delivered before patience ends; all, where requests are not recorded."""
     if len(pattern) < 3:
         return np.ones(len(asked), np.bool_)
-    return times[delivered] - times[asked] < patience
+    return times.take(delivered) - times.take(asked) < patience
 
 
-def _interrupted(inner: Services, outer: Any, entered: Any, ended: Any, vector: Any) -> Services:
-    """Services of which none is part of another: `inner`, and around them those that begin at `outer`, if what is
-    between their delivery and their EOI are services of higher classes."""
+def _interrupted(inner: Services, outer: Any, ended: Any, low: Any, high: Any, codes: Any) -> Services:
+    """Services of which none is part of another: `inner`, and in place of its elements from `low` to before `high` that
+    which begins at `outer` and has its EOI at `ended`, if all those are of higher classes."""
     at = inner.begin
-    low = np.searchsorted(at, entered)
-    high = np.searchsorted(at, ended)
-    some = low < high  # that what is there are services, and no other rows, is known from how they were found
-    outer, ended, low, high = outer[some], ended[some], low[some], high[some]
     bounds = np.column_stack((low, high)).reshape(-1)
-    lowest = np.minimum.reduceat(np.append(vector[at], 0xFF), bounds)[::2] if len(bounds) else vector[:0]
-    higher = lowest >> 4 > vector[outer] >> 4
+    vectors = _vectors(codes.take(at))
+    lowest = np.minimum.reduceat(np.append(vectors, 0xFF), bounds)[::2] if len(bounds) else vectors[:0]
+    higher = lowest >> 4 > _vectors(codes[outer]) >> 4
     outer, ended, low, high = outer[higher], ended[higher], low[higher], high[higher]
-    change = np.zeros(len(at) + 1, np.int8)
-    change[low] += 1
-    change[high] -= 1
-    free = np.cumsum(change[:-1], dtype=np.int8) == 0
-    begin = np.append(at[free], outer)
-    by_begin = np.argsort(begin, kind="stable")  # two sorted parts: linear time
-    return Services(
-        begin[by_begin],
-        np.append(inner.end[free], ended + 1)[by_begin],
-        np.append(inner.asked[free], at[high - 1])[by_begin],
-        (np.arange(len(begin)) >= len(begin) - len(outer))[by_begin],
-    )
+    begin, end, asked, deep = at.copy(), inner.end, at.copy(), inner.deep
+    begin[low] = outer
+    end[low] = ended + 1
+    asked[low] = at[high - 1]
+    deep[low] = True
+    if len(low) and np.any(high - low > 1):
+        kept = np.ones(len(at), np.bool_)
+        for n in range(1, int((high - low).max())):
+            kept[(low + n)[low + n < high]] = False
+        begin, end, asked, deep = begin[kept], end[kept], asked[kept], deep[kept]
+    return Services(begin, end, asked, deep)

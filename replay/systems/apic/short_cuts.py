@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from replay.agenda import SOFTWARE
-from replay.columns import dense, first_of_each
+from replay.columns import counted, dense, first_of_each
 from replay.declare import Config
 from replay.events import INF, KINDS, Batch
 from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
@@ -41,7 +41,7 @@ from replay.systems.apic.machine import (
     LOST,
     ApicMachine,
 )
-from replay.systems.apic.services import BYTE, OVERLOOKED, Runs, find_runs
+from replay.systems.apic.services import BYTE, Runs, codes_of, find_runs
 from replay.systems.apic.state import STORY, Processor
 
 __all__ = ["QuickApicMachine"]
@@ -108,6 +108,19 @@ class Lane:
         self.generation: int = 0
 
 
+class Plan:
+    """What the loop will do with the rows of a stretch: `steps` and `vectors` of each. `delivered` are its deliveries
+    as (slot, vector, number), `first` what the rules will have learnt at its end."""
+
+    __slots__ = ("delivered", "first", "steps", "vectors")
+
+    def __init__(self, steps: Any, vectors: Any) -> None:
+        self.steps: Any = steps
+        self.vectors: Any = vectors
+        self.delivered: list[tuple[int, int, int]] = []
+        self.first: list[tuple[Lane, int]] = []
+
+
 class QuickApicMachine(ApicMachine):
     """`ApicMachine` with short cuts; findings and numbers are the same."""
 
@@ -121,13 +134,15 @@ class QuickApicMachine(ApicMachine):
         self.flags: Any = ()
         self.times: Any = ()
         self.seqs: Any = ()
-        self.runs: Runs | None = None  # of the present stretch, and those that were taken
-        self.taken: list[int] = []
+        self.runs: Runs | None = None  # of the present stretch
+        self.step_of: Any = _STEP
 
     def feed(self, batch: Batch) -> None:
         """Feed a batch of events, in order."""
         if not self.started:
             self.start()
+            if self.exits_traced:  # then an EOI ends no handler
+                self.step_of = np.where(_STEP == TO_EOI, np.uint8(SLOW), _STEP)
         for start in range(0, len(batch), STRIDE):
             part = batch.slice(start, STRIDE)
             if self.lockstep is not None or self.ioapics or self.monitor.nesting_limit < 1:
@@ -137,25 +152,21 @@ class QuickApicMachine(ApicMachine):
 
     def stretch(self, batch: Batch) -> None:
         """Feed the rows of one stretch."""
-        kinds = batch.array("kind")
-        vectors = batch.array("obj")
-        slots, lanes = self.assign(batch)
-        steps, first = self.plan(batch, slots, lanes)
         self.batch = batch
-        self.kinds = memoryview(kinds)
-        self.vectors = memoryview(vectors)
+        self.kinds = memoryview(batch.array("kind"))
+        self.vectors = memoryview(batch.array("obj"))
         self.flags = memoryview(batch.array("flags"))
         self.times = memoryview(batch.array("t_ns"))
         self.seqs = memoryview(batch.array("seq"))
         self.shut = False
-        counts = self.deliveries(kinds, vectors, slots, lanes)
-        self.take_rows(
-            lanes, slots, steps,
-            np.where(steps == SLOW, UNNAMED, np.maximum(vectors, UNNAMED)).astype(np.uint8),
-        )  # fmt: skip
-        for lane, vector, count in counts:
-            self.processors[lane.key].deliveries[vector] = count  # whatever the methods of the rules counted
-        for lane, learnt in first:
+        slots, lanes = self.assign(batch)
+        plan = self.plan(batch, slots, lanes)
+        before = [self.deliveries(lanes[slot], vector) for slot, vector, _ in plan.delivered]
+        self.take_rows(lanes, slots, plan)
+        for (slot, vector, count), others in zip(plan.delivered, before, strict=True):
+            # Whatever the methods of the rules counted.
+            self.processors[lanes[slot].key].deliveries[vector] = others + count
+        for lane, learnt in plan.first:
             if lane.generation == self.generation(lane):
                 lane.learnt.add(learnt)
         self.now = self.times[len(batch) - 1]
@@ -166,27 +177,24 @@ class QuickApicMachine(ApicMachine):
         p = self.processors.get(lane.key)
         return 0 if p is None else p.generation
 
-    def deliveries(self, kinds: Any, vectors: Any, slots: Any, lanes: list[Lane]) -> list[tuple[Lane, int, int]]:
-        """Deliveries of each processor and vector after this stretch."""
-        delivered = np.flatnonzero((kinds == DELIVER) & (vectors >= 0) & (vectors < VECTORS))
-        in_stretch = np.bincount(slots[delivered] * VECTORS + vectors[delivered])
-        result = []
-        for index in np.flatnonzero(in_stretch).tolist():
-            lane = lanes[index // VECTORS]
-            vector = index % VECTORS
-            p = self.processors.get(lane.key)
-            result.append((lane, vector, int(in_stretch[index]) + (0 if p is None else p.deliveries[vector])))
-        return result
+    def deliveries(self, lane: Lane, vector: int) -> int:
+        """Of a vector by a processor up to now."""
+        p = self.processors.get(lane.key)
+        return 0 if p is None else p.deliveries[vector]
 
     def assign(self, batch: Batch) -> tuple[Any, list[Lane]]:
         """For each row the index of its lane in the list of lanes."""
-        dom = batch.array("dom").astype(np.int64)
-        unit = batch.array("vcpu").astype(np.int64)
+        dom = batch.array("dom")
+        unit = batch.array("vcpu")
         if dom.min() < 0:
             unit = np.where(dom >= 0, unit, batch.array("cpu"))
         low = int(unit.min())
         width = int(unit.max()) - low + 1
-        found, slots = dense(dom * width + unit - low)
+        which = dom.astype(np.int64)
+        which *= width
+        which += unit
+        which -= low
+        found, slots = dense(which)
         lanes = []
         for value in found.tolist():
             owner, member = divmod(value, width)
@@ -197,42 +205,68 @@ class QuickApicMachine(ApicMachine):
             lanes.append(lane)
         return slots, lanes
 
-    def plan(self, batch: Batch, slots: Any, lanes: list[Lane]) -> tuple[Any, list[tuple[Lane, int]]]:
-        """For each row its step; SLOW where only a rule's method will do. And what the rules will have learnt then."""
-        vectors = batch.array("obj")
-        steps = _STEP[batch.array("kind")]
-        takes_vector = (steps == TO_ACCEPT) | (steps == TO_DELIVER)
-        slow = takes_vector & ((vectors < FIRST_LEGAL_VECTOR) | (vectors >= VECTORS))
-        slow |= (steps == TO_ACCEPT) & (batch.array("flags") & 1 != 0)
-        slow |= (steps == TO_DELIVER) & (vectors == self.spurious_vector)
-        slow |= (steps == TO_EOI) & (self.exits_traced | (vectors == UNNAMED) | (vectors >= VECTORS))
-        steps[slow] = SLOW
-        which = (slots * STEPS + steps) * VECTORS + np.where(takes_vector & ~slow, vectors, 0)
-        rows = first_of_each(which, len(lanes) * STEPS * VECTORS)
+    def plan(self, batch: Batch, slots: Any, lanes: list[Lane]) -> Plan:
+        """For each row its step; SLOW where only a rule's method will do."""
+        named = batch.array("obj")
+        flags = batch.array("flags")
+        steps = self.step_of.take(batch.array("kind"))
+        vectors = named.astype(np.uint8)
+        vectors *= (named >= 0).view(np.uint8)  # none is UNNAMED
+        strange = (named == UNNAMED) | (named >= VECTORS)
+        if flags.any():
+            strange |= (steps == TO_ACCEPT) & (flags & 1 != 0)
+        if strange.any():
+            steps[strange] = SLOW
+            vectors[strange] = UNNAMED
+        which = slots * (STEPS * VECTORS)
+        which += codes_of(steps, vectors)
+        bound = len(lanes) * STEPS * VECTORS
         for lane in lanes:
             generation = self.generation(lane)
             if lane.generation != generation:
                 lane.generation = generation
                 lane.learnt.clear()
-        new = []
-        for row, index in zip(rows.tolist(), which[rows].tolist(), strict=True):
-            slot, learnt = divmod(index, STEPS * VECTORS)
-            if learnt not in lanes[slot].learnt:
-                steps[row] = SLOW
-                new.append((lanes[slot], learnt))
-        return steps, new
+        plan = Plan(steps, vectors)
+        slow: list[int] = []
+        new: dict[int, int] = {}  # by element of `which` what the rules learn from its first row
+        for index, count in zip(*counted(which, bound), strict=True):
+            slot, code = divmod(index, STEPS * VECTORS)
+            step, vector = divmod(code, VECTORS)
+            if step == TO_DELIVER and vector != UNNAMED:
+                plan.delivered.append((slot, vector, count))
+            if step in (TO_ACCEPT, TO_DELIVER) and (
+                vector < FIRST_LEGAL_VECTOR or (step == TO_DELIVER and vector == self.spurious_vector)
+            ):
+                slow.append(index)
+            elif step != SLOW:
+                learnt = code if step in (TO_ACCEPT, TO_DELIVER) else step * VECTORS  # an EOI is one, named or not
+                if learnt not in lanes[slot].learnt:
+                    new[index] = slot * STEPS * VECTORS + learnt
+        if slow:
+            steps[np.isin(which, slow)] = SLOW
+        if new:
+            rows = np.sort(first_of_each(which, bound))
+            met: set[int] = set()
+            for row, index in zip(rows.tolist(), which[rows].tolist(), strict=True):
+                if index in new and new[index] not in met:
+                    met.add(new[index])
+                    steps[row] = SLOW
+            for value in met:
+                slot, learnt = divmod(value, STEPS * VECTORS)
+                plan.first.append((lanes[slot], learnt))
+        return plan
 
-    def take_rows(self, lanes: list[Lane], slots: Any, steps: Any, vectors: Any) -> None:
+    def take_rows(self, lanes: list[Lane], slots: Any, plan: Plan) -> None:
         """All rows of the stretch; runs of services at their first row, if their processor is calm then."""
-        self.runs = runs = self.whole_services(slots, len(lanes), steps, vectors)
-        self.taken = []
-        codes = steps.copy()
-        values = vectors.astype(np.int64)
-        left = np.ones(len(steps), np.bool_)
+        self.runs = runs = self.whole_services(slots, len(lanes), plan)
+        codes = plan.steps.copy()
+        values = plan.vectors.astype(np.int64)
+        left = np.ones(len(codes), np.bool_)
         if runs is not None:
             codes[runs.heads] = TO_SERVE
             values[runs.heads] = np.arange(len(runs.heads))
-            left = ~runs.tails & (steps != TO_IDLE)  # a halt teaches once
+            left = ~runs.tails
+            left &= plan.steps != TO_IDLE  # a halt teaches once
         of_row = np.array(lanes, object)
         tried = dict.fromkeys(range(len(lanes)), 0)
         for lane in lanes:
@@ -248,8 +282,8 @@ class QuickApicMachine(ApicMachine):
                 tried[slot] += 1
                 run = int(values[at])
                 rows = runs.shorten(run) if tried[slot] < TRIES else np.flatnonzero(slots[at:] == slot) + at
-                codes[rows] = steps[rows]
-                values[rows] = vectors[rows]
+                codes[rows] = plan.steps[rows]
+                values[rows] = plan.vectors[rows]
                 left[rows] = True
                 head = runs.head(run) if tried[slot] < TRIES else -1
                 if head >= 0:
@@ -258,22 +292,26 @@ class QuickApicMachine(ApicMachine):
                     left[head] = True
         for lane in lanes:
             self.restore(lane)
-        if runs is not None and self.taken:
-            found = runs.counts(self.taken, slots, vectors, VECTORS)
-            for index in np.flatnonzero(found).tolist():
-                lanes[index // VECTORS].eois[index % VECTORS] += int(found[index])
+        if runs is not None:
+            # A delivery that the loop did not take was in a run, and has its EOI there.
+            rows = np.flatnonzero(left & (np.asarray(self.kinds) == DELIVER) & (codes != TO_SERVE))
+            looped = np.bincount(slots[rows] * VECTORS + plan.vectors[rows], minlength=len(lanes) * VECTORS)
+            for slot, vector, count in plan.delivered:
+                served = count - int(looped[slot * VECTORS + vector])
+                if served:
+                    lanes[slot].eois[vector] += served
         self.runs = None
 
-    def whole_services(self, slots: Any, lanes: int, steps: Any, vectors: Any) -> Runs | None:
+    def whole_services(self, slots: Any, lanes: int, plan: Plan) -> Runs | None:
         """Runs of services; None where a row concerns all processors."""
         kinds = np.asarray(self.kinds)
         if self.exits_traced or np.any((kinds == LOST) | ((kinds >= IOAPIC_LINE) & (kinds <= HPET_FIRE))):
             return None
         pattern = (TO_ACCEPT, TO_DELIVER, TO_EOI) if self.monitor.accepts_seen else (TO_DELIVER, TO_EOI)
-        seen = np.where(steps == TO_IDLE, np.uint8(OVERLOOKED), steps)
         return find_runs(
-            slots.astype(np.uint8 if lanes <= BYTE else np.uint16), seen, vectors, np.asarray(self.times), pattern,
-            self.irr_stuck_ns or INF, self.monitor.nesting_limit >= 2,
+            slots.astype(np.uint8 if lanes <= BYTE else np.uint16), plan.steps == TO_IDLE,
+            codes_of(plan.steps, plan.vectors), np.asarray(self.times), pattern, self.irr_stuck_ns or INF,
+            self.monitor.nesting_limit >= 2,
         )  # fmt: skip
 
     def serve(self, lane: Lane, run: int) -> bool:
@@ -291,7 +329,6 @@ class QuickApicMachine(ApicMachine):
         lane.asked = runs.asked[run]
         lane.ended = runs.ended[run]
         lane.rows.append(~run)
-        self.taken.append(run)
         return True
 
     def run_rows(self, rows: list[int], lanes: list[Lane], steps: list[int], vectors: list[int]) -> int:
