@@ -224,6 +224,8 @@ SCHEMA: Final = pa.schema(
 
 #: What stands for null, where it is not NONE.
 _NULL: Final[Mapping[str, int]] = {"val": NIL, "val2": NIL}
+#: The signed numbers of the width of unsigned ones.
+_SIGNED: Final[Mapping[Any, Any]] = {pl.UInt16: np.int16, pl.UInt32: np.int32}
 #: Rows that are turned into Python integers at a time.
 _STRIDE: Final = 4096
 
@@ -235,8 +237,19 @@ def _kinds(column: pa.ChunkedArray) -> Any:
         if not isinstance(chunk, pa.DictionaryArray):
             chunk = chunk.dictionary_encode()
         ids = np.array([KIND_ID[name] for name in chunk.dictionary.to_pylist()], np.uint8)
-        parts.append(ids[chunk.indices.to_numpy()])
+        parts.append(ids.take(chunk.indices.to_numpy()))
     return np.concatenate(parts)
+
+
+def _filled(series: pl.Series, absent: int) -> Any:
+    """A column of integers as an array, with `absent` in place of null."""
+    signed = _SIGNED.get(series.dtype)
+    if signed is not None and absent == NONE and int(series.max()) <= np.iinfo(signed).max:  # type: ignore[arg-type]
+        # All bits set are NONE then, and nothing is converted.
+        return series.fill_null(2 * np.iinfo(signed).max + 1).to_numpy().view(signed)
+    if series.dtype not in (pl.Int32, pl.Int64):
+        series = series.cast(pl.Int64)
+    return series.fill_null(absent).to_numpy()
 
 
 class Batch:
@@ -263,7 +276,7 @@ class Batch:
             if series.null_count() == len(series):
                 feeds[name] = _NULL.get(name, NONE)
             elif series.null_count():
-                feeds[name] = series.cast(pl.Int64).fill_null(_NULL.get(name, NONE)).to_numpy()
+                feeds[name] = _filled(series, _NULL.get(name, NONE))
             else:
                 feeds[name] = series.to_numpy()
         return cls(feeds, table.num_rows)

@@ -64,7 +64,7 @@ TO_SERVE: Final = 5  # a run of whole services
 STEPS: Final = 8  # a power of two above them
 
 #: Rows that are looked at together.
-STRIDE: Final = 1 << 15
+STRIDE: Final = 1 << 16
 #: Times that runs of services of a processor are tried in a stretch, though it was not calm when one began.
 TRIES: Final = 32
 #: The lowest TPR that holds vectors back.
