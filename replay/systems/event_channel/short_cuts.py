@@ -79,7 +79,7 @@ class QuickTwoLevelMachine(TwoLevelMachine):
         if vcpus.max() >= BYTE:
             self.consume(batch.rows(self.columns))
             return
-        steps = _STEP[batch.array("kind")]
+        steps = _STEP.take(batch.array("kind"))
         if ports.min() < 0 or ports.max() >= self.bits * self.bits:
             steps[_OF_PORT[steps] & ((ports < 0) | (ports >= self.bits * self.bits))] = SLOW
         if vcpus.min() < 0:
