@@ -27,7 +27,7 @@ from replay.agenda import SOFTWARE
 from replay.columns import counted, dense, first_of_each
 from replay.declare import Config
 from replay.events import INF, KINDS, Batch
-from replay.hardware.lapic import FIRST_LEGAL_VECTOR, VECTOR_BIT, VECTORS
+from replay.hardware.lapic import VECTOR_BIT, VECTORS
 from replay.sink import Sink
 from replay.systems.apic.ioapic_monitor import STUCK_LIMIT, IoApicMonitor
 from replay.systems.apic.machine import (
@@ -67,8 +67,9 @@ STEPS: Final = 8  # a power of two above them
 STRIDE: Final = 1 << 16
 #: Times that runs of services of a processor are tried in a stretch, though it was not calm when one began.
 TRIES: Final = 32
-#: The lowest TPR that holds vectors back.
-FIRST_CLASS: Final = 1 << 4
+#: The lowest vector that goes the short way, and the lowest TPR that would hold it back: Linux leaves 0x10 in its TPR,
+#: which holds back exceptions only.
+LOWEST: Final = 2 << 4
 #: In place of the vector of an EOI that names none.
 UNNAMED: Final = 0
 
@@ -235,7 +236,7 @@ class QuickApicMachine(ApicMachine):
             if step == TO_DELIVER and vector != UNNAMED:
                 plan.delivered.append((slot, vector, count))
             if step in (TO_ACCEPT, TO_DELIVER) and (
-                vector < FIRST_LEGAL_VECTOR or (step == TO_DELIVER and vector == self.spurious_vector)
+                vector < LOWEST or (step == TO_DELIVER and vector == self.spurious_vector)
             ):
                 slow.append(index)
             elif step != SLOW:
@@ -352,6 +353,11 @@ class QuickApicMachine(ApicMachine):
                     lane.entered = i
                     lane.rows.append(i)
                     continue
+                if state == SERVING and not accepts_seen and nesting and vector >> 4 > lane.vector >> 4:
+                    lane.outer = lane.vector
+                    lane.outer_entered = lane.entered
+                    lane.vector = vector
+                    state = ASKED_AGAIN
                 if state == ASKED_AGAIN and lane.vector == vector:
                     lane.state = NESTED
                     lane.entered = i
@@ -429,7 +435,7 @@ class QuickApicMachine(ApicMachine):
         if p is None or self.shut or self.open_gaps or (self.watches(p) and not p.watched):
             return
         lapic = p.lapic
-        if lapic.tmr or lapic.tpr >= FIRST_CLASS:  # UNKNOWN is below all
+        if lapic.tmr or lapic.tpr >= LOWEST:  # UNKNOWN is below all
             return
         if lapic.isr:
             if len(lapic.isr) == 1 == len(p.frames) and not lapic.irr and not p.requested_at:
