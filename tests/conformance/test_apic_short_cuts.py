@@ -356,6 +356,8 @@ def test_services_that_interrupt_a_service_are_taken_in_its_run(
     assert ways(both, (A + NEST) * 50, monkeypatch, hidden=hidden) == Ways(0, 1)
     twice = service(0x31, *service(0x41), *service(0x41))
     assert ways(both, twice * 50, monkeypatch, hidden=hidden) == Ways(0, 1)
+    # So is one of which the batch shows a part only, row by row.
+    assert ways([*both * 2, *service(0x31)[:2]], service(0x41)[:2], monkeypatch, hidden=hidden) == Ways(0, 0)
     # Three inside each other are for the rules, where the third frame is one too many.
     deep = service(0x31, *service(0x41, *service(0x51)))
     assert ways(both + service(0x51), deep * 3, monkeypatch, hidden=hidden).long >= 3
