@@ -298,9 +298,11 @@ class HpetBroadcast(Machine):
 
     def blocker(self, cpu: Cpu) -> int:
         """A6: the highest vector in service that holds the HPET's back; NONE if it can be taken."""
-        highest = max(cpu.in_service, default=NONE)
-        if cpu.stack and self.policy.entry_mode != EARLY_EOI:
-            highest = max(highest, self.vector)
+        if not cpu.in_service and not cpu.stack:
+            return NONE
+        highest = self.vector if cpu.stack and self.policy.entry_mode != EARLY_EOI else NONE
+        for vector in cpu.in_service:
+            highest = max(highest, vector)
         return highest if vector_class(highest) >= vector_class(self.vector) else NONE
 
     def take(self, channel: Channel, cpu: Cpu) -> None:
@@ -324,20 +326,27 @@ class HpetBroadcast(Machine):
 
     def handler_end(self, cpu: Cpu, serial: int) -> None:
         """The handler returns, later if others nested in it; then whatever waited in IRR is taken."""
-        frame = next((f for f in cpu.stack if f.serial == serial), None)
+        frame = None
+        others = 0  # frames of the same channel
+        for each in cpu.stack:
+            if each.serial == serial:
+                frame = each
         if frame is None:
             return
         if frame.end > self.now:
             self.agenda.at(frame.end, SOFTWARE, HANDLER_END, cpu.index, serial)
             return
         cpu.stack.remove(frame)
+        for each in cpu.stack:
+            others += each.channel == frame.channel
         channel = self.channels[frame.channel]
-        if channel.handler_cpu == cpu.index and not any(f.channel == frame.channel for f in cpu.stack):
+        if channel.handler_cpu == cpu.index and not others:
             channel.handler_cpu = NONE
             if channel.rerun:
                 channel.rerun = False
                 self.policy.on_interrupt(self, channel, cpu)
-        self.take_pending(cpu)
+        if cpu.pending:
+            self.take_pending(cpu)
 
     def isr_end(self, cpu: Cpu, vector: int) -> None:
         """The EOI of another interrupt."""

@@ -97,12 +97,12 @@ class Current(BroadcastPolicy):
             return m.channels[cpu.index]
         start = m.rr
         m.rr = (m.rr + 1) % n
-        channels = m.channels
-        for channel in channels[start:] + channels[:start] if start else channels:
+        for step in range(n):
+            channel = m.channels[(start + step) % n]
             if not channel.used:
                 channel.used = True
                 return channel
-        return channels[start]
+        return m.channels[start]
 
     def may_retarget(self, channel: Channel, cpu: int) -> bool:
         """A5: a second move before an interrupt arrived through the new vector is refused."""
@@ -143,9 +143,14 @@ class Current(BroadcastPolicy):
     def on_interrupt(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """A7: wake the members whose deadline has come, re-arm for the earliest of the rest."""
         channel.next_event = INF
-        members = [m.cpus[i] for i in _members(channel.members)]
-        expired = [c for c in members if c.deadline <= m.now]
-        rest = min((c.deadline for c in members if c.deadline > m.now), default=INF)
+        expired = []
+        rest = INF
+        for index in _members(channel.members):
+            member = m.cpus[index]
+            if member.deadline <= m.now:
+                expired.append(member)
+            else:
+                rest = min(rest, member.deadline)
         if rest < INF:
             m.program(channel, rest, forced=False)
         for member in expired:
@@ -188,16 +193,21 @@ class Proposed(BroadcastPolicy):
             if channel.owner == NONE:
                 self.own(m, channel, cpu)
                 return
-        in_time = [c for c in m.channels if m.now <= c.next_event <= cpu.deadline + m.slop_ns]
-        if in_time:
-            channel = max(in_time, key=lambda c: (c.next_event, -c.index))
+        latest = None  # of those that fire in time
+        soonest = m.channels[0]
+        limit = cpu.deadline + m.slop_ns
+        for channel in m.channels:
+            if m.now <= channel.next_event <= limit and (latest is None or channel.next_event > latest.next_event):
+                latest = channel
+            if channel.next_event < soonest.next_event:
+                soonest = channel
+        if latest is not None:
             m.joins += 1
-            self.join(channel, cpu)
+            self.join(latest, cpu)
             return
-        channel = min(m.channels, key=lambda c: (c.next_event, c.index))
         m.shortens += 1
-        self.join(channel, cpu)
-        m.program(channel, cpu.deadline, forced=True)
+        self.join(soonest, cpu)
+        m.program(soonest, cpu.deadline, forced=True)
 
     def own(self, m: HpetBroadcast, channel: Channel, cpu: Cpu) -> None:
         """B1, B4: the one place where the target is written."""
