@@ -24,7 +24,7 @@ class Symbols:
         self._table: tuple[Array, Array] | None = None
 
     def name(self, address: int) -> str | None:
-        """Symbol at exactly `address`; of several the first one."""
+        """Symbol at exactly `address`; of several the first one if the text is sorted, as kallsyms is, else any."""
         if address in self._known:
             return self._known[address]
         name = None
@@ -85,7 +85,7 @@ class Symbols:
     def _bisect(self, key: bytes) -> int:
         """Where the line of `key` begins (at the line end before it), if the text is sorted around it, else -1.
 
-        Most of kallsyms is; what is found is exact in any case, and the first of several equal lines.
+        Most of kallsyms is; what is found is exact in any case, and in a sorted text the first of several equal lines.
         """
         text, width = self._text, len(key)
         low, high = 0, len(text)
