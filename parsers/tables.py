@@ -31,7 +31,7 @@ class Column:
 COMMON: tuple[Column, ...] = (
     Column("seq", pa.uint64(), "global order over all CPUs of this recording, from 0, without holes over all tables"),
     Column("t_ns", pa.int64(), "time since the first stamped record; in ticks when the clock model says so", "ns"),
-    Column("t_err_ns", pa.uint32(), "the true time lies in [t_ns, t_ns + t_err_ns]; 0 for a stamped record", "ns"),
+    Column("t_err_ns", pa.uint32(), "the true time lies in [t_ns, t_ns + t_err_ns]; 0: its stamp is its time", "ns"),
     Column("tsc", pa.uint64(), "the recorder's raw stamp; null when the record carried none", "ticks"),
     Column("cpu", pa.uint16(), "physical CPU that wrote the record"),
     Column("source", pa.dictionary(pa.int16(), pa.string()), "which of the ingested recordings"),
