@@ -1,4 +1,4 @@
-"""Names of kernel addresses from the kallsyms text that trace-cmd saves, parsed as little as is needed."""
+"""Names of kernel addresses from the kallsyms text that trace-cmd saves, whose lines are parsed only when asked for."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ class Symbols:
         self._table: tuple[Array, Array] | None = None
 
     def name(self, address: int) -> str | None:
-        """Symbol at exactly `address`; of several the first one if the text is sorted, as kallsyms is, else any."""
+        """Symbol at exactly `address`; of several the first one."""
         if address in self._known:
             return self._known[address]
         name = None
         if address:
-            found = self._bisect(f"{address:0{self._digits}x}".encode()) if self._table is None else -1
-            found = found + 1 if found >= 0 else self._line(address)
+            found = self._line(address)
             name = self._shown(found) if found >= 0 else None
             name = name.split("\t", 1)[0] if name else None
         if len(self._known) < 1 << 16:
@@ -81,23 +80,6 @@ class Symbols:
             order = np.argsort(values, kind="stable")
             self._table = values[order], starts[order]
         return self._table
-
-    def _bisect(self, key: bytes) -> int:
-        """Where the line of `key` begins (at the line end before it), if the text is sorted around it, else -1.
-
-        Most of kallsyms is; what is found is exact in any case, and in a sorted text the first of several equal lines.
-        """
-        text, width = self._text, len(key)
-        low, high = 0, len(text)
-        while low < high:
-            middle = text.rfind(b"\n", low, (low + high) // 2 + 1)
-            if text[middle + 1 : middle + 1 + width] < key:
-                low = text.find(b"\n", middle + 1)
-                if low < 0:
-                    return -1
-            else:
-                high = middle
-        return low if text.startswith(b"\n" + key + b" ", low) else -1
 
     def column(self, addresses: Array, *, around: bool = False) -> pa.Array:
         """String column of the names (`around`: with offset and size); null without one."""

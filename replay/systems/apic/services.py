@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["BITS", "BYTE", "Runs", "codes_of", "find_runs"]
+__all__ = ["BYTE", "Runs", "codes_of", "find_runs"]
 
 #: Bits of a vector.
 BITS: Final = 8

@@ -327,7 +327,6 @@ class HpetBroadcast(Machine):
     def handler_end(self, cpu: Cpu, serial: int) -> None:
         """The handler returns, later if others nested in it; then whatever waited in IRR is taken."""
         frame = None
-        others = 0  # frames of the same channel
         for each in cpu.stack:
             if each.serial == serial:
                 frame = each
@@ -337,16 +336,16 @@ class HpetBroadcast(Machine):
             self.agenda.at(frame.end, SOFTWARE, HANDLER_END, cpu.index, serial)
             return
         cpu.stack.remove(frame)
+        channel = self.channels[frame.channel]
+        others = 0  # of its handlers on this CPU
         for each in cpu.stack:
             others += each.channel == frame.channel
-        channel = self.channels[frame.channel]
         if channel.handler_cpu == cpu.index and not others:
             channel.handler_cpu = NONE
             if channel.rerun:
                 channel.rerun = False
                 self.policy.on_interrupt(self, channel, cpu)
-        if cpu.pending:
-            self.take_pending(cpu)
+        self.take_pending(cpu)
 
     def isr_end(self, cpu: Cpu, vector: int) -> None:
         """The EOI of another interrupt."""
